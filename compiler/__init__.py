@@ -1,0 +1,1 @@
+"""The compiler: the only package that knows Hugging Face."""

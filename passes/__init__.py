@@ -1,0 +1,1 @@
+"""Graph passes: any traced model to the fused graph. No GPU, no weights data."""

@@ -1,0 +1,1 @@
+"""Fusion rules: each grows a region around an anchor or refuses with a reason."""

@@ -1,0 +1,1 @@
+"""Passes that give every spelling of an operation one name."""

@@ -1,0 +1,1 @@
+"""Exact algebra that moves rounding."""

@@ -1,0 +1,1 @@
+"""Everything the serving machine needs."""

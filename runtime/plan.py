@@ -1,0 +1,333 @@
+"""The plan: every step of one model pass as plain data, written by the compiler and interpreted by the runtime.
+
+Symbols. T: tokens in the step, summed over its sequences. B: sequences in the step. R: rows of logits asked for.
+Every activation is a matrix [T or R, cols], row-major; a `Ref` names a range of its columns.
+A `Step` says *what* is computed (its `spec`, executed on the CPU by `runtime.ops`) and a `Program` says *how* on a
+GPU: a list of launches for each range of T. Layers of one class share their programs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Symbol = Literal["1", "T", "B", "R"]
+Activation = Literal["none", "relu", "relu2", "silu", "gelu", "gelu_tanh", "gelu_quick", "tanh", "sigmoid"]
+
+
+# ---------------------------------------------------------------- what a step computes
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Normalise each row (or each head's slice of it) in float32.
+
+    rms:    x * rsqrt(mean(x^2) + eps)              (Zhang & Sennrich 2019)
+    layer:  (x - mean(x)) * rsqrt(var(x) + eps)     (Ba et al. 2016; biased variance)
+    then `* weight` and `+ bias`, each only where the flag says so. Flags are off where the pass `fold_norm` moved
+    them into the linear that follows.
+    """
+
+    kind: Literal["rms", "layer"]
+    eps: float
+    weight: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Embed:
+    """y[T, D] = norm((table[token] + positions_table[position + offset]) * scale)
+
+    in:      nothing (tokens and positions belong to the step)
+    weights: table [V, D]; positions_table [P, D] if position_offset is not None; norm_weight, norm_bias [D]
+    out:     y
+    """
+
+    scale: float = 1.0
+    position_offset: int | None = None
+    norm: Norm | None = None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows [start, stop) of a packed weight and what is done with their part of the product.
+
+    gated: the rows are a gate half followed by an up half; y = activation(gate) * up, half as wide.
+    Otherwise y = activation(product).
+    """
+
+    start: int
+    stop: int
+    activation: Activation = "none"
+    gated: bool = False
+
+    @property
+    def width(self) -> int:
+        return (self.stop - self.start) // (2 if self.gated else 1)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One packed GEMM with its prologue and epilogue; every linear of a model is one of these.
+
+    prologue, per row:  v = x;  v = post_norm(v);  v = v + add;  store v to `sum`;  v = norm(v)     (each if present)
+    product:            p = v @ weight.T + bias
+    epilogue, segment i: y_i = softcap(act(p_i)) * scale + residual_0 + residual_1 ...
+                        softcap(z) = cap * tanh(z / cap)
+
+    rows "R": the input rows are x[logit_rows[r]], the output is [R, ...] (the head).
+    in:      x [T, K]; add [T, K] if `add`; residual0.. [T, width] (one segment only, never with rows "R")
+    weights: weight [N, K]; bias [N] if `bias`; norm_weight, norm_bias, post_norm_weight, post_norm_bias [K];
+             row_sum [N] float32 = sum over K of the stored weight, present exactly when norm.kind == "layer" and the
+             norm has no weight of its own, so that a kernel may normalise after the product
+    out:     y0 .. yn, one per segment [T or R, width]; sum [T, K] if `store`
+    """
+
+    in_features: int
+    out_features: int
+    segments: tuple[Segment, ...]
+    bias: bool = False
+    norm: Norm | None = None
+    post_norm: Norm | None = None
+    add: bool = False
+    store: bool = False
+    residuals: int = 0
+    scale: float = 1.0
+    softcap: float = 0.0
+    rows: Literal["T", "R"] = "T"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Rotate q and k, append k and v to the paged cache, attend.
+
+    q [T, num_heads * head_dim], k [T, num_kv_heads * head_dim], v [T, num_kv_heads * v_head_dim], head-major.
+    Optional q_norm and k_norm come first: per head over head_dim, or over the whole row if `norm_across_heads`.
+    Rotary embedding acts on the first `rotary_dim` columns of each head, in the half-split layout
+    (y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin, halves of the rotated part; Su et al. 2021); models that interleave
+    have had their q and k rows permuted by the compiler.
+    score(i, j) = softcap(scale * q_i . k_j) + alibi_slope[head] * (j - i), j and i positions in the sequence.
+    Key j is visible to query i if (not causal or j <= i) and (window == 0 or j > i - window)
+    and (chunk == 0 or j // chunk == i // chunk).
+    sinks: a logit per head that joins the softmax's denominator and has no value.
+
+    in:      q, k, v
+    weights: rope_cos, rope_sin [max_seq_len, rotary_dim / 2] float32 if rotary_dim; alibi_slopes [num_heads] float32;
+             sinks [num_heads] float32; q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias
+    out:     y [T, num_heads * v_head_dim]
+    group, index: the KV group, and this layer's place in the group's blocks.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    scale: float
+    group: int
+    index: int
+    causal: bool = True
+    window: int = 0
+    chunk: int = 0
+    softcap: float = 0.0
+    rotary_dim: int = 0
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    norm_across_heads: bool = False
+    alibi: bool = False
+    sinks: bool = False
+
+
+@dataclass(frozen=True)
+class RowNorm:
+    """A norm that no linear could take in: y = norm(x [+ add]). in: x, add; weights: norm_weight, norm_bias; out: y."""
+
+    norm: Norm
+    add: bool = False
+
+
+@dataclass(frozen=True)
+class Aten:
+    """A node outside the vocabulary, executed by torch: the ATen overload `target`, from an allow-list.
+
+    args, kwargs: JSON values; a string "in.x3" stands for an input, "w.x1" for a weight.
+    out: y
+    """
+
+    target: str
+    args: tuple = ()
+    kwargs: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Choose a token for each row of logits [R, V] float32. in: logits. Its tokens belong to the step, not to a buffer."""
+
+
+Spec = Embed | Linear | Attention | RowNorm | Aten | Sample
+
+
+# ---------------------------------------------------------------- where it is computed
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """An activation [rows, cols]. Its bytes start at rows * offset of the arena that belongs to its row symbol.
+
+    Offsets are bytes per row and multiples of 256, so one layout serves every T with every buffer aligned.
+    """
+
+    name: str
+    rows: Literal["T", "R"]
+    cols: int
+    dtype: str
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Columns [start, stop) of a buffer."""
+
+    buffer: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One region of the fused graph with the buffers and weights its roles are bound to."""
+
+    name: str
+    spec: Spec
+    regions: tuple[str, ...]
+    layer: int | None = None
+    inputs: dict[str, Ref] = field(default_factory=dict)
+    outputs: dict[str, Ref] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
+    program: str = ""
+
+
+# ---------------------------------------------------------------- how a GPU computes it
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A grid dimension: factor * ceil(symbol / divisor) + plus * B (symbol "1" counts one; plus bounds ragged tiles)."""
+
+    factor: int = 1
+    symbol: Symbol = "1"
+    divisor: int = 1
+    plus: int = 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """kernel: a cubin of the kernel table. library: an operation of runtime.kernels.LIBRARY (a GEMM).
+
+    args name what is passed, in the order of the kernel's parameters:
+      in.ROLE out.ROLE w.ROLE   a bound activation (address of its first column) or weight
+      scratch.NAME              scratch memory of the program
+      kv                        the pool of the step's KV group
+      step.NAME                 tokens positions seq_starts context_lens logit_rows block_table slots ... (int32, device)
+      T B R                     sizes, int32;  blocks: row stride of step.block_table, int32
+    """
+
+    kind: Literal["kernel", "library"]
+    target: str
+    args: tuple[str, ...]
+    grid: tuple[Extent, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """Launches for min_tokens <= T <= max_tokens (0: no bound). decode: every sequence of the step has one token."""
+
+    min_tokens: int
+    max_tokens: int
+    launches: tuple[Launch, ...]
+    decode: bool | None = None
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory a program needs while it runs: bytes * rows(symbol); zeroed once at load if `zeroed` (kernels restore it)."""
+
+    name: str
+    symbol: Symbol
+    bytes: int
+    zeroed: bool = False
+
+
+@dataclass(frozen=True)
+class Program:
+    """The launches of a step, by token count; the first case that fits is taken."""
+
+    cases: tuple[Case, ...]
+    scratch: tuple[Scratch, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """One kernel compiled for one GPU architecture."""
+
+    file: str
+    symbol: str
+    shared: int
+    num_warps: int
+    registers: int
+    spills: int
+    pdl: bool = False
+    num_ctas: int = 1
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A generated kernel: its readable source, its parameter types in order, and a cubin per target ("sm_90")."""
+
+    source: str
+    template: str
+    params: tuple[str, ...]
+    cubins: dict[str, Cubin] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class KVGroup:
+    """Layers whose cache has one shape and one visibility rule, and so one block table.
+
+    A block holds `page_size` tokens of every layer of the group: [layers, K [num_kv_heads, page_size, head_dim] then
+    V [num_kv_heads, page_size, v_head_dim]], contiguous.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: str
+    window: int = 0
+    chunk: int = 0
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight as stored. init says how to make it when the artifact holds none: "normal:STD", "ones", "zeros",
+    "row_sum:NAME" (float32 sums over the columns of another weight), or "" (always stored)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    init: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model, compiled. `limits` bound what a step may ask for; `page_size` is the tokens of a KV block."""
+
+    vocab_size: int
+    max_seq_len: int
+    max_batch: int
+    max_step_tokens: int
+    page_size: int
+    steps: tuple[Step, ...]
+    buffers: dict[str, Buffer]
+    weights: dict[str, Weight]
+    kv_groups: tuple[KVGroup, ...]
+    programs: dict[str, Program] = field(default_factory=dict)
+    kernels: dict[str, Kernel] = field(default_factory=dict)
