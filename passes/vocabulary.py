@@ -1,0 +1,183 @@
+"""The closed vocabulary of the normalised graph, and the opaque operators that tracing leaves behind.
+
+Traced graphs hold `dsc::attention` and `dsc::moe` among ATen operators. Normalised graphs hold the plain functions
+below (call_function targets), each with a torch reference, so a graph runs at every level.
+Activations keep tracing's leading dimension of 1: [1, T, features].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dscompile.runtime.plan import Activation, Norm
+from dscompile.runtime.plan import Attention as AttentionSpec
+
+
+@torch.library.custom_op("dsc::attention", mutates_args=())
+def traced_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    layer: int,
+    scale: float,
+    causal: bool = True,
+    window: int = 0,
+    chunk: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi: Sequence[float] | None = None,
+) -> Tensor:
+    """Attention over the tokens of one sequence, as tracing sees it.
+
+    q [1, Hq, T, D], k [1, Hkv, T, D], v [1, Hkv, T, Dv], positions [1, T] -> [1, T, Hq, Dv].
+    The rules of visibility and scoring are those of `plan.Attention`.
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = (q @ k.transpose(-1, -2)) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    i, j = positions[:, None, :, None], positions[:, None, None, :]
+    if alibi is not None:
+        scores = scores + torch.tensor(alibi, dtype=scores.dtype).view(1, -1, 1, 1) * (j - i)
+    visible = torch.ones_like(scores, dtype=torch.bool)
+    if causal:
+        visible &= j <= i
+    if window:
+        visible &= j > i - window
+    if chunk:
+        visible &= j // chunk == i // chunk
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return (weights @ v).transpose(1, 2).contiguous()
+
+
+@traced_attention.register_fake
+def _(q, k, v, positions, layer, scale, causal=True, window=0, chunk=0, softcap=0.0, sinks=None, alibi=None):
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+def embedding(tokens: Tensor, table: Tensor) -> Tensor:
+    """[1, T] int64, [V, D] -> [1, T, D]"""
+    return F.embedding(tokens, table)
+
+
+def position_embedding(positions: Tensor, table: Tensor, offset: int) -> Tensor:
+    """[1, T] int64, [P, D] -> [1, T, D], row position + offset"""
+    return F.embedding(positions + offset, table)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[1, T, K], [N, K], [N] -> [1, T, N]"""
+    return F.linear(x, weight, bias)
+
+
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Norm) -> Tensor:
+    """Normalise the last dimension, see `plan.Norm`."""
+    if spec.kind == "rms":
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.eps)
+    else:
+        y = F.layer_norm(x, x.shape[-1:], eps=spec.eps)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def activation(x: Tensor, kind: Activation) -> Tensor:
+    """Element by element."""
+    return ACTIVATIONS[kind](x)
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap)"""
+    return cap * torch.tanh(x / cap)
+
+
+def scale(x: Tensor, by: float) -> Tensor:
+    """x * by"""
+    return x * by
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y"""
+    return x + y
+
+
+def mul(x: Tensor, y: Tensor) -> Tensor:
+    """x * y"""
+    return x * y
+
+
+def columns(x: Tensor, start: int, stop: int) -> Tensor:
+    """x[..., start:stop]"""
+    return x[..., start:stop]
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, weights: dict[str, Tensor], spec: AttentionSpec
+) -> Tensor:
+    """[1, T, Hq * D], [1, T, Hkv * D], [1, T, Hkv * Dv] -> [1, T, Hq * Dv], see `plan.Attention`."""
+    q, k = (
+        _rotate(_head_norm(_heads(x, n), weights, role, spec), positions, weights, spec)
+        for x, n, role in ((q, spec.num_heads, "q_norm"), (k, spec.num_kv_heads, "k_norm"))
+    )
+    slopes = weights["alibi_slopes"].tolist() if spec.alibi else None
+    y = traced_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        _heads(v, spec.num_kv_heads).transpose(1, 2),
+        positions,
+        spec.index,
+        spec.scale,
+        spec.causal,
+        spec.window,
+        spec.chunk,
+        spec.softcap,
+        weights.get("sinks"),
+        slopes,
+    )
+    return y.flatten(2)
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    return x.unflatten(-1, (num_heads, -1))
+
+
+def _head_norm(x: Tensor, weights: dict[str, Tensor], role: str, spec: AttentionSpec) -> Tensor:
+    rule = getattr(spec, role)
+    if rule is None:
+        return x
+    weight, bias = weights.get(f"{role}_weight"), weights.get(f"{role}_bias")
+    if spec.norm_across_heads:
+        return norm(x.flatten(-2), weight, bias, rule).view(x.shape)
+    return norm(x, weight, bias, rule)
+
+
+def _rotate(x: Tensor, positions: Tensor, weights: dict[str, Tensor], spec: AttentionSpec) -> Tensor:
+    if not spec.rotary_dim:
+        return x
+    half = spec.rotary_dim // 2
+    cos, sin = (weights[name][positions][:, :, None] for name in ("rope_cos", "rope_sin"))
+    x1, x2, rest = x[..., :half], x[..., half : spec.rotary_dim], x[..., spec.rotary_dim :]
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], -1)
+
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_quick": lambda x: x * torch.sigmoid(1.702 * x),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
