@@ -226,7 +226,8 @@ class Launch:
     args name what is passed, in the order of the kernel's parameters:
       in.ROLE out.ROLE w.ROLE   a bound activation (address of its first column) or weight
       scratch.NAME              scratch memory of the program
-      kv                        the pool of the step's KV group
+      kv                        this layer's part of block 0 in the pool of the step's KV group (pool base + index *
+                                bytes of one layer in a block), so that layers of one class share a kernel
       step.NAME                 tokens positions seq_starts context_lens logit_rows block_table slots ... (int32, device)
       T B R                     sizes, int32;  blocks: row stride of step.block_table, int32
     """
