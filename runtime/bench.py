@@ -1,0 +1,175 @@
+"""Measure an artifact: prefill, decode step, and the share of the machine's read bandwidth that the step reaches."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from dscompile.runtime.errors import UserError
+from dscompile.runtime.plan import Embed, Plan
+
+BANDWIDTH_BYTES = 4 << 30
+WARM_UPS = 2
+
+
+def bench(engine: Any, batches: Sequence[int], prompt_tokens: int, new_tokens: int, repeat: int) -> dict[str, Any]:
+    """Measure each batch size through `engine.generate`, host time included.
+
+    returns: device, prompt_tokens, new_tokens, read_bandwidth (bytes/s, None on the CPU), and per batch size
+    prefill_ms, decode_step_ms and its deviation over the runs, tokens_per_second, bytes_per_step, bandwidth_fraction.
+    raises UserError for a batch size or a length the artifact was not compiled for.
+    """
+    _check(engine.plan, batches, prompt_tokens, new_tokens)
+    bandwidth = read_bandwidth(engine.device) if engine.device.type == "cuda" else None
+    rows = [_measure(engine, batch, prompt_tokens, new_tokens, repeat, bandwidth) for batch in batches]
+    return {
+        "device": _device_name(engine.device),
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "read_bandwidth": bandwidth,
+        "batches": rows,
+    }
+
+
+def bytes_per_step(plan: Plan, batch: int, context: int) -> int:
+    """Bytes that one decode step must read: every weight once, a row of each table per token, and the KV cache."""
+    whole: set[str] = set()
+    rows = 0
+    for step in plan.steps:
+        table = step.weights.get("table") if isinstance(step.spec, Embed) else None
+        rows += _bytes(plan, table) // plan.weights[table].shape[0] if table else 0
+        whole.update(name for role, name in step.weights.items() if role not in ("table", "positions_table", "row_sum"))
+    whole = {name for name in whole if not _is_table(plan, name)}
+    return sum(_bytes(plan, name) for name in whole) + batch * rows + batch * context * _kv_bytes(plan)
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second of the best of five sums over 4 GiB of float32 (less where memory is short)."""
+    free, _ = torch.cuda.mem_get_info(device)
+    data = torch.ones(min(BANDWIDTH_BYTES, free // 2) // 4, device=device)
+    times = []
+    for _ in range(WARM_UPS + 5):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        data.sum()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return data.numel() * 4 / min(times[WARM_UPS:])
+
+
+def kernel_times(engine: Any, batch: int, prompt_tokens: int, steps: int = 16) -> list[dict[str, Any]]:
+    """GPU time per kernel of a decode step, slowest first, from the difference of two profiled generations."""
+    if engine.device.type != "cuda":
+        raise UserError("--kernels times GPU kernels; this engine runs on the CPU (leave --kernels out)")
+    prompts = _prompts(engine.plan, batch, prompt_tokens)
+    long, short = (_profile(engine, prompts, n + 1) for n in (2 * steps, steps))
+    rows = []
+    for name, (count, total) in long.items():
+        short_count, short_total = short.get(name, (0, 0.0))
+        launches, microseconds = (count - short_count) / steps, (total - short_total) / steps
+        if launches > 0:
+            rows.append({"kernel": name, "launches_per_step": launches, "us_per_step": microseconds})
+    whole = sum(row["us_per_step"] for row in rows) or 1.0
+    for row in rows:
+        row |= {"us_each": row["us_per_step"] / row["launches_per_step"], "share": row["us_per_step"] / whole}
+    return sorted(rows, key=lambda row: -row["us_per_step"])
+
+
+def _measure(
+    engine: Any, batch: int, prompt_tokens: int, new_tokens: int, repeat: int, bandwidth: float | None
+) -> dict[str, Any]:
+    prompts = _prompts(engine.plan, batch, prompt_tokens)
+    for _ in range(WARM_UPS):
+        _generate(engine, prompts, new_tokens)
+    first = [_seconds(lambda: _generate(engine, prompts, 1)) for _ in range(repeat)]
+    whole = [_seconds(lambda: _generate(engine, prompts, new_tokens)) for _ in range(repeat)]
+    prefill = statistics.median(first)
+    steps = [(seconds - prefill) / (new_tokens - 1) for seconds in whole]
+    step = statistics.median(steps)
+    size = bytes_per_step(engine.plan, batch, prompt_tokens + new_tokens // 2)
+    return {
+        "batch": batch,
+        "prefill_ms": 1e3 * prefill,
+        "decode_step_ms": 1e3 * step,
+        "decode_step_ms_deviation": 1e3 * statistics.pstdev(steps),
+        "tokens_per_second": batch / step,
+        "bytes_per_step": size,
+        "bandwidth_fraction": size / step / bandwidth if bandwidth else None,
+    }
+
+
+def _check(plan: Plan, batches: Sequence[int], prompt_tokens: int, new_tokens: int) -> None:
+    if new_tokens < 2:
+        raise UserError("--new-tokens must be at least 2: the first token belongs to the prefill")
+    if prompt_tokens + new_tokens > plan.max_seq_len:
+        raise UserError(
+            f"{prompt_tokens} prompt and {new_tokens} new tokens exceed the artifact's max_seq_len of "
+            f"{plan.max_seq_len}; ask for fewer with --prompt-tokens and --new-tokens"
+        )
+    for batch in batches:
+        if not 1 <= batch <= plan.max_batch:
+            raise UserError(f"--batch {batch}: the artifact was compiled for 1 to {plan.max_batch}")
+
+
+def _prompts(plan: Plan, batch: int, length: int) -> list[list[int]]:
+    """Prompts that differ from each other, the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, plan.vocab_size, (batch, length), generator=generator).tolist()
+
+
+def _generate(engine: Any, prompts: list[list[int]], new_tokens: int) -> None:
+    engine.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True)
+
+
+def _seconds(function: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _profile(engine: Any, prompts: list[list[int]], new_tokens: int) -> dict[str, tuple[int, float]]:
+    """Kernel name -> (launches, microseconds) of one generation."""
+    _generate(engine, prompts, new_tokens)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        _generate(engine, prompts, new_tokens)
+        torch.cuda.synchronize(engine.device)
+    totals: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
+    for event in profile.events() or ():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            count, total = totals[event.name]
+            totals[event.name] = (count + 1, total + event.device_time)
+    return dict(totals)
+
+
+def _is_table(plan: Plan, name: str) -> bool:
+    """Rotary tables: a step reads a row of them, which is nothing."""
+    uses = {role for step in plan.steps for role, weight in step.weights.items() if weight == name}
+    return uses <= {"rope_cos", "rope_sin"}
+
+
+def _bytes(plan: Plan, name: str) -> int:
+    weight = plan.weights[name]
+    count = 1
+    for size in weight.shape:
+        count *= size
+    return count * getattr(torch, weight.dtype).itemsize
+
+
+def _kv_bytes(plan: Plan) -> int:
+    """Bytes of keys and values per token of context, all layers; windows are not taken into account."""
+    return sum(
+        g.num_layers * g.num_kv_heads * (g.head_dim + g.v_head_dim) * getattr(torch, g.dtype).itemsize
+        for g in plan.kv_groups
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"

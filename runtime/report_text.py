@@ -1,0 +1,177 @@
+"""The fusion report on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from dscompile.runtime.report import LayerClass, NearMiss, Region, Report, Verification
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Print the report; where the output is no terminal, in a width that keeps a region on one line."""
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=max(console.width, 130), highlight=False)
+    for part in _parts(report):
+        console.print(part)
+
+
+def format_bytes(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def layer_ranges(layers: Iterable[int]) -> str:
+    """(0, 1, 2, 5) -> "0-2, 5"."""
+    runs = groupby(enumerate(sorted(layers)), key=lambda pair: pair[1] - pair[0])
+    spans = [[layer for _, layer in run] for _, run in runs]
+    return ", ".join(f"{s[0]}-{s[-1]}" if len(s) > 1 else f"{s[0]}" for s in spans)
+
+
+def class_title(layer_class: LayerClass) -> str:
+    """ "Layers 0-31, 32 times", or "Outside the layers"."""
+    if not layer_class.layers:
+        return "Outside the layers"
+    noun = "Layers" if len(layer_class.layers) > 1 else "Layer"
+    times = "once" if layer_class.count == 1 else f"{layer_class.count} times"
+    return f"{noun} {layer_ranges(layer_class.layers)}, {times}"
+
+
+def ops_taken(region: Region) -> list[tuple[str, int]]:
+    """The operators a region took, in order, runs of one operator counted: [("norm", 1), ("linear", 3)]."""
+    return [(op, len(list(run))) for op, run in groupby(node.op for node in region.nodes)]
+
+
+def launches_by_range(region: Region) -> list[tuple[str, int]]:
+    """Token ranges with the number of launches in each, neighbours with equal numbers merged: [("1", 1), ("2+", 2)]."""
+    counts = [(tokens, len(names)) for tokens, names in region.kernels.items()]
+    runs = [list(run) for _, run in groupby(counts, key=lambda pair: pair[1])]
+    return [(_span(run[0][0], run[-1][0]), run[0][1]) for run in runs]
+
+
+def summary_lines(report: Report) -> list[str]:
+    """Two lines: classes and regions; near misses, fallbacks and bytes saved."""
+    layers = sum(len(c.layers) for c in report.classes)
+    classes = sum(bool(c.layers) for c in report.classes)
+    per_layer = max((len(list(c.steps())) for c in report.classes if c.layers), default=0)
+    misses = sum(len(c.near_misses) for c in report.classes)
+    return [
+        f"{_count(layers, 'layer')} in {_count(classes, 'class', 'classes')}, {_count(per_layer, 'region')} per layer",
+        f"{_count(misses, 'near miss', 'near misses')}, {_count(len(report.fallbacks), 'fallback')}, "
+        f"{format_bytes(report.bytes_saved())} of activation traffic saved per token",
+    ]
+
+
+def verification_line(verification: Verification) -> str:
+    """One sentence: passed, failed or skipped, against what, where."""
+    parts = [f"Verification {verification.status}"]
+    if verification.against:
+        parts.append(f"{verification.model or 'the model'} against {verification.against}")
+    if verification.device:
+        parts.append(f"on {verification.device}, kernels {verification.kernels}")
+    return ": ".join(parts[:2]) + "".join(f", {p}" for p in parts[2:])
+
+
+def _parts(report: Report) -> Iterator[RenderableType]:
+    yield _heading(report)
+    for layer_class in report.classes:
+        yield Text()
+        yield Text(class_title(layer_class), style="bold")
+        yield Padding(_regions(layer_class), (0, 0, 0, 2))
+        if layer_class.near_misses:
+            yield Padding(_near_misses(layer_class.near_misses), (0, 0, 0, 2))
+    yield Text()
+    yield _fallbacks(report)
+    yield _verification(report.verification)
+    if report.quantization:
+        facts = ", ".join(f"{key} {value}" for key, value in report.quantization.items())
+        yield Text.assemble(("Quantization ", "bold"), facts)
+
+
+def _heading(report: Report) -> Text:
+    facts = [str(report.model[key]) for key in ("architecture", "dtype", "target") if report.model.get(key)]
+    title = str(report.model.get("name", "Fusion report"))
+    return Text.assemble((title, "bold"), ("  " + "  ".join(facts), "dim"), "\n", "\n".join(summary_lines(report)))
+
+
+def _regions(layer_class: LayerClass) -> Table:
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim", pad_edge=False)
+    timed = any(region.time_us for region in layer_class.regions)
+    for column in ("region", "rule", "nodes taken"):
+        table.add_column(column)
+    table.add_column("launches by tokens")
+    table.add_column("saved/token", justify="right")
+    if timed:
+        table.add_column("time", justify="right")
+    for names, region in layer_class.steps():
+        row = [
+            Text(" + ".join(names), style="cyan"),
+            region.rule,
+            " ".join(op if n == 1 else f"{op}\u00d7{n}" for op, n in ops_taken(region)),
+            Text(_launches(region), style="" if region.kernels else "dim"),
+            format_bytes(region.bytes_saved) if region.bytes_saved else "-",
+        ]
+        table.add_row(*row, *([_time(region)] if timed else []))
+    return table
+
+
+def _launches(region: Region) -> str:
+    counts = launches_by_range(region)
+    if not counts:
+        return "reference"
+    if len(counts) == 1:
+        return f"{counts[0][1]}"
+    return "  ".join(f"{tokens}: {n}" for tokens, n in counts)
+
+
+def _span(first: str, last: str) -> str:
+    """("2-4", "65+") -> "2+"; ("1", "1") -> "1"."""
+    if first == last:
+        return first
+    low = first.split("-")[0]
+    return f"{low}+" if last.endswith("+") else f"{low}-{last.split('-')[-1]}"
+
+
+def _time(region: Region) -> str:
+    if not region.time_us:
+        return "-"
+    tokens, microseconds = next(iter(region.time_us.items()))
+    return f"{microseconds:.1f} us (T={tokens})"
+
+
+def _near_misses(misses: tuple[NearMiss, ...]) -> Group:
+    lines = [Text.assemble((f"{m.rule} ", "yellow"), ("at ", "dim"), m.node, (": ", "dim"), m.reason) for m in misses]
+    return Group(Text("Near misses", style="dim"), *lines)
+
+
+def _fallbacks(report: Report) -> RenderableType:
+    if not report.fallbacks:
+        return Text.assemble(("Fallbacks ", "bold"), "none")
+    lines = [Text.assemble("  ", (f.op, "yellow"), f" {f.node}: {f.reason}") for f in report.fallbacks]
+    return Group(Text("Fallbacks, executed by torch", style="bold"), *lines)
+
+
+def _verification(verification: Verification) -> Group:
+    style = {"passed": "green", "failed": "red"}.get(verification.status, "yellow")
+    lines = [Text(verification_line(verification), style=style)]
+    width = max((len(c.name) for c in verification.checks), default=0)
+    for check in verification.checks:
+        mark = "ok" if check.passed else "MISS"
+        lines.append(Text(f"  {check.name:<{width}}  {check.error:.2e}  limit {check.limit:.2e}  {mark}"))
+    if verification.note:
+        lines.append(Text(f"  {verification.note}", style="dim"))
+    return Group(*lines)
+
+
+def _count(number: int, noun: str, plural: str = "") -> str:
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
