@@ -61,10 +61,11 @@ def _summary(report: Report) -> str:
     steps = [(c, region) for c in layer_classes for _, region in c.steps()]
     nodes = sum(c.count * len(region.nodes) for c, region in steps)
     kernels = sum(c.count * _first_count(region) for c, region in steps)
+    unit = "launches" if any(region.kernels for _, region in steps) else "plan steps"
     misses = sum(len(c.near_misses) for c in report.classes)
     figures = [
         (str(layers), f"layers in {len(layer_classes)} {'class' if len(layer_classes) == 1 else 'classes'}"),
-        (f"{nodes}\u2009\u2192\u2009{kernels}", "nodes in the layers to launches"),
+        (f"{nodes}\u2009\u2192\u2009{kernels}", f"nodes in the layers to {unit}"),
         (format_bytes(report.bytes_saved()), "of activation traffic saved per token"),
         (str(misses), "near miss" if misses == 1 else "near misses"),
         (str(len(report.fallbacks)), "fallback" if len(report.fallbacks) == 1 else "fallbacks"),
@@ -115,10 +116,12 @@ def _section(title: str, times: str, steps: Steps, top: int, repeated: bool = Fa
     if drawn.entering:
         cells.append(_terminal(drawn.entering, 1, lanes, "in"))
     for index, (names, region) in enumerate(steps):
-        cells.append(_wire(drawn.adjacent[index], 2 * index + 2, lanes))
+        # What enters is named at the top already.
+        names_shown = drawn.adjacent[index] if index else ()
+        cells.append(_wire(names_shown, 2 * index + 2, lanes, drawn=bool(drawn.adjacent[index])))
         cells.append(_card(names, region, 2 * index + 3, lanes, top))
     if drawn.leaving:
-        cells.append(_wire(drawn.leaving, 2 * len(steps) + 2, lanes))
+        cells.append(_wire((), 2 * len(steps) + 2, lanes))
         cells.append(_terminal(drawn.leaving, 2 * len(steps) + 3, lanes, "out"))
     badge = f'<span class="times">{escape(times)}</span>' if times else ""
     style = f"--lanes:{lanes}"
@@ -133,10 +136,10 @@ def _terminal(names: Sequence[str], row: int, lanes: int, kind: str) -> str:
     return f'<div class="terminal {kind}" style="grid-row:{row};grid-column:{lanes + 1}">{shown}</div>'
 
 
-def _wire(names: Sequence[str], row: int, lanes: int) -> str:
+def _wire(names: Sequence[str], row: int, lanes: int, drawn: bool = True) -> str:
     """The line from one kernel to the next, with the activations that take it."""
     shown = "".join(f"<code>{escape(name)}</code>" for name in names)
-    kind = "wire" if names else "wire none"
+    kind = "wire" if drawn else "wire none"
     return f'<div class="{kind}" style="grid-row:{row};grid-column:{lanes + 1}">{shown}</div>'
 
 
@@ -155,7 +158,7 @@ def _card(names: Sequence[str], region: Region, row: int, lanes: int, top: int) 
     title = "".join(f"<b>{escape(name)}</b>" for name in names)
     return (
         f'<article class="kernel" style="grid-row:{row};grid-column:{lanes + 1}">'
-        f'<header><h4>{title}</h4><p>{escape(what)}</p></header>'
+        f"<header><h4>{title}</h4><p>{escape(what)}</p></header>"
         f'<ol class="nodes">{"".join(_nodes(region.nodes))}</ol>'
         f"{_figures(region, top)}{_details(region)}</article>"
     )
@@ -179,22 +182,18 @@ def _shape(node: Node) -> str:
 
 def _figures(region: Region, top: int) -> str:
     share = 100 * region.bytes_saved / top if top else 0
-    counts = launches_by_range(region)
-    if not counts:
-        launches = "reference"
-    elif len(counts) == 1:
-        launches = str(counts[0][1])
-    else:
-        launches = ", ".join(f"{n}\u2009<small>at {escape(tokens)}</small>" for tokens, n in counts)
-    figures = [
-        ("saved per token", format_bytes(region.bytes_saved) if region.bytes_saved else DASH),
-        ("launches", launches),
-    ]
+    figures = [("saved per token", format_bytes(region.bytes_saved) if region.bytes_saved else DASH)]
+    counts = sorted({n for _, n in launches_by_range(region)})
+    if counts:
+        launches = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}{DASH}{counts[-1]}"
+        figures.append(("launch" if counts == [1] else "launches", launches))
     if region.time_us:
         tokens, time = next(iter(region.time_us.items()))
         figures.append((f"time at T = {escape(tokens)}", f"{time:.1f}\u2009\u00b5s"))
     cells = "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in figures)
-    return f'<dl class="figures">{cells}</dl><div class="bar" aria-hidden="true"><i style="width:{share:.1f}%"></i></div>'
+    return (
+        f'<dl class="figures">{cells}</dl><div class="bar" aria-hidden="true"><i style="width:{share:.1f}%"></i></div>'
+    )
 
 
 def _details(region: Region) -> str:
@@ -280,7 +279,7 @@ def _verification(verification: Verification) -> str:
         )
     table = (
         '<div class="scroll"><table class="checks"><thead><tr><th>comparison</th><th>error</th><th>limit</th>'
-        f'<th>share of the limit</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f"<th>share of the limit</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         if rows
         else ""
     )
