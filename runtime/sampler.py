@@ -15,7 +15,7 @@ and the token is argmax(score + noise) over the ids that the filters left (Gumbe
 Filters, in this order, on float32 logits:
     repetition_penalty  ids already in prompt or output: z * penalty if z < 0 else z / penalty     (Keskar et al. 2019)
     min_new_tokens      end-of-sequence ids are removed while position - num_prompt < min_new_tokens
-    temperature         z / temperature; 0 means argmax here, with no further filter
+    temperature         (z - max(z)) / temperature; 0 means argmax here, with no further filter
     top_k               keep z >= the k-th largest
     top_p               keep z >= the smallest z of the smallest set, by falling z, whose mass reaches top_p
     min_p               keep softmax(z) >= min_p * max(softmax(z))
@@ -127,7 +127,7 @@ def scores(
         z[list(eos_ids)] = -math.inf
     if params.greedy:
         return z
-    z /= params.temperature
+    z = (z - z.max()) / params.temperature
     if 0 < params.top_k < z.numel():
         z[z < z.topk(params.top_k).values[-1]] = -math.inf
     if params.top_p < 1:
