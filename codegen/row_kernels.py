@@ -1,0 +1,84 @@
+"""Kernels that work on rows alone: the embedding and the stand-alone norm."""
+
+from __future__ import annotations
+
+from dscompile.codegen.emit import KernelRequest, kernel_request
+from dscompile.codegen.operands import Arguments, Operands, next_power_of_2
+from dscompile.runtime.plan import Case, Embed, Extent, Launch, Linear, Program, RowNorm
+
+
+def embed_program(spec: Embed, operands: Operands) -> tuple[Program, tuple[KernelRequest, ...]]:
+    """One program a token gathers, adds positions, scales and normalises."""
+    width = operands["w.table"].shape[1]
+    arguments = Arguments(operands)
+    arguments.bind("step.tokens", "w.table")
+    positions = spec.position_offset is not None
+    if positions:
+        arguments.bind("step.positions", "w.positions_table")
+    norm = spec.norm
+    if norm and norm.weight:
+        arguments.bind("w.norm_weight")
+    if norm and norm.bias:
+        arguments.bind("w.norm_bias")
+    arguments.bind("out.y")
+    numbers = {"D": width, "BLOCK": next_power_of_2(width), "Y_STRIDE": operands["out.y"].stride, "SCALE": spec.scale}
+    if positions:
+        numbers["OFFSET"] = spec.position_offset
+    if norm:
+        numbers["EPS"] = norm.eps
+    structure = {
+        "positions": positions,
+        "norm": norm.kind if norm else "",
+        "norm_weight": bool(norm and norm.weight),
+        "norm_bias": bool(norm and norm.bias),
+    }
+    request = kernel_request(
+        "embed", numbers, arguments.params, structure=structure, num_warps=_warps(width), num_stages=1
+    )
+    launch = Launch("kernel", request.name, arguments.args, (Extent(1, "T"),))
+    return Program((Case(1, 0, (launch,)),)), (request,)
+
+
+def row_norm_program(spec: RowNorm, operands: Operands, width: int) -> tuple[Program, tuple[KernelRequest, ...]]:
+    """One program a row."""
+    request, launch = row_norm_launch(spec, operands, width, out="out.y")
+    return Program((Case(1, 0, (launch,)),)), (request,)
+
+
+def row_norm_launch(
+    spec: RowNorm | Linear, operands: Operands, width: int, out: str = "scratch.rows"
+) -> tuple[KernelRequest, Launch]:
+    """y = norm(post_norm(x) + add), also storing the sum: a RowNorm, or the prologue of a linear on its own."""
+    post = spec.post_norm if isinstance(spec, Linear) else None
+    store = isinstance(spec, Linear) and spec.store
+    arguments = Arguments(operands)
+    arguments.bind("in.x")
+    numbers = {"K": width, "BLOCK": next_power_of_2(width), "X_STRIDE": operands["in.x"].stride}
+    if spec.add:
+        arguments.bind("in.add")
+        numbers["ADD_STRIDE"] = operands["in.add"].stride
+    for norm, prefix, eps in ((post, "post_", "POST_EPS"), (spec.norm, "", "EPS")):
+        if norm:
+            numbers[eps] = norm.eps
+            arguments.bind(*[f"w.{prefix}norm_weight"] * norm.weight, *[f"w.{prefix}norm_bias"] * norm.bias)
+    if store:
+        arguments.bind("out.sum")
+        numbers["SUM_STRIDE"] = operands["out.sum"].stride
+    if out.startswith("scratch."):
+        arguments.bind_memory(out, operands["in.x"].dtype)
+        numbers["Y_STRIDE"] = width
+    else:
+        arguments.bind(out)
+        numbers["Y_STRIDE"] = operands[out].stride
+    params = tuple(type(p)("y_ptr", p.type, p.aligned) if p.name == "rows_ptr" else p for p in arguments.params)
+    norms = [
+        (n.kind if n else "", prefix, eps, bool(n and n.weight), bool(n and n.bias))
+        for n, prefix, eps in ((post, "post_", "POST_EPS"), (spec.norm, "", "EPS"))
+    ]
+    structure = {"norms": norms, "add": spec.add, "store": store}
+    request = kernel_request("row_norm", numbers, params, structure=structure, num_warps=_warps(width), num_stages=1)
+    return request, Launch("kernel", request.name, arguments.args, (Extent(1, "T"),))
+
+
+def _warps(width: int) -> int:
+    return 4 if width <= 4096 else 8

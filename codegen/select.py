@@ -1,0 +1,32 @@
+"""Chooses the kernels of a step: for each range of tokens, what is launched."""
+
+from __future__ import annotations
+
+from dscompile.codegen.attention_kernels import attention_program
+from dscompile.codegen.emit import KernelRequest
+from dscompile.codegen.linear_kernels import linear_program
+from dscompile.codegen.operands import KernelContext, Operand, Operands
+from dscompile.codegen.row_kernels import embed_program, row_norm_program
+from dscompile.runtime.plan import Attention, Embed, Linear, Program, RowNorm
+
+__all__ = ["KernelContext", "Operand", "programs_for"]
+
+
+def programs_for(
+    spec: Embed | Linear | Attention | RowNorm, operands: Operands, context: KernelContext
+) -> tuple[Program, tuple[KernelRequest, ...]]:
+    """Return the program of a step and the kernels it launches.
+
+    operands: an entry for every role of the spec: "in.ROLE" and "out.ROLE" (dtype, row stride in elements, whether
+              the first column is 16-byte aligned, shape [0 or any, columns]) and "w.ROLE" (dtype, stride, shape)
+    Equal arguments give equal kernel names. Where spec.rows == "R", the cases of the program count R, not T.
+    """
+    if isinstance(spec, Linear):
+        return linear_program(spec, operands, context)
+    if isinstance(spec, Attention):
+        return attention_program(spec, operands, context)
+    if isinstance(spec, Embed):
+        return embed_program(spec, operands)
+    if isinstance(spec, RowNorm):
+        return row_norm_program(spec, operands, operands["in.x"].shape[-1])
+    raise TypeError(f"no kernels for {type(spec).__name__}")

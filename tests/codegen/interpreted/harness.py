@@ -1,0 +1,73 @@
+"""Runs the program of one spec in Triton's interpreter on random tensors and compares it with the oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dscompile.codegen.jit import JitRunner
+from dscompile.codegen.operands import KernelContext, Operand
+from dscompile.codegen.select import programs_for
+from dscompile.runtime.plan import Case, KVGroup, Program
+
+NAMES = {torch.float16: "float16", torch.float32: "float32", torch.int32: "int32"}
+TOLERANCE = {torch.float16: 1e-3, torch.float32: 2e-6}
+
+
+def context(targets: tuple[str, ...] = ("sm_90",), page_size: int = 16, groups: tuple[KVGroup, ...] = ()) -> KernelContext:
+    return KernelContext(
+        targets, page_size=page_size, max_seq_len=512, max_batch=16, max_step_tokens=256, kv_groups=groups
+    )
+
+
+def operands(tensors: dict[str, torch.Tensor]) -> dict[str, Operand]:
+    """Describe tensors as the lowering describes buffers and weights."""
+    return {
+        role: Operand(NAMES[t.dtype], t.stride(0) if t.dim() > 1 else 1, tuple(t.shape), t.data_ptr() % 16 == 0)
+        for role, t in tensors.items()
+    }
+
+
+def case_for(program: Program, count: int, decode: bool) -> Case:
+    for case in program.cases:
+        if case.min_tokens <= count and (not case.max_tokens or count <= case.max_tokens):
+            if case.decode is None or case.decode == decode:
+                return case
+    raise AssertionError(f"no case for {count} rows")
+
+
+def slice_of(rows: int, cols: int, dtype: torch.dtype, fill: float | None = None) -> torch.Tensor:
+    """A [rows, cols] range of columns of a wider matrix, random or filled; a kernel must not touch the rest."""
+    wide = torch.full((rows, cols + 24), float("nan"), dtype=dtype)
+    wide[:, 8 : 8 + cols] = torch.randn(rows, cols) if fill is None else fill
+    return wide[:, 8 : 8 + cols]
+
+
+def run(spec: Any, tensors: dict[str, torch.Tensor], step: dict[str, torch.Tensor], sizes: dict[str, int], **how: Any) -> None:
+    """Run the case of the spec's program that fits `sizes`; outputs in `tensors` are written in place, twice.
+
+    The second run proves that counters in scratch memory are left as they were found.
+    how: decode, count (rows that choose the case, T by default), context, extra (further arguments by name)
+    """
+    surroundings = how.get("context") or context()
+    program, requests = programs_for(spec, operands(tensors), surroundings)
+    case = case_for(program, how.get("count", sizes["T"]), how.get("decode", False))
+    runner = JitRunner(requests)
+    scratch = runner.scratch(program, sizes)
+
+    def bind(arg: str) -> Any:
+        kind, _, name = arg.partition(".")
+        if kind == "scratch":
+            return scratch[name]
+        if kind == "step":
+            return step[name]
+        if arg in sizes:
+            return sizes[arg]
+        return how.get("extra", {})[arg] if arg in how.get("extra", {}) else tensors[arg]
+
+    for _ in range(2):
+        for role, tensor in tensors.items():
+            if role.startswith("out."):
+                tensor.fill_(float("nan"))
+        runner.run(case, bind, sizes)

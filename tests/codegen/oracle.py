@@ -1,0 +1,72 @@
+"""Float64 formulas of the specs in runtime.plan, written apart from every implementation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from dscompile.runtime.plan import Embed, Linear, Norm
+
+Tensors = dict[str, torch.Tensor]
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": lambda x: x.clamp(min=0),
+    "relu2": lambda x: x.clamp(min=0).square(),
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "gelu_quick": lambda x: x * torch.sigmoid(1.702 * x),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def norm(spec: Norm, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+    """Normalise the last dimension; weight and bias where the spec's flags say so."""
+    if spec.kind == "layer":
+        x = x - x.mean(-1, keepdim=True)
+    x = x / torch.sqrt(x.square().mean(-1, keepdim=True) + spec.eps)
+    if spec.weight:
+        x = x * weight
+    return x + bias if spec.bias else x
+
+
+def linear(spec: Linear, tensors: Tensors, logit_rows: torch.Tensor | None = None) -> Tensors:
+    """Every output of a linear, from tensors by role ("in.x", "w.weight"), in float64."""
+    t = {k: v.double() for k, v in tensors.items()}
+    v = t["in.x"] if spec.rows == "T" else t["in.x"][logit_rows.long()]
+    if spec.post_norm:
+        v = norm(spec.post_norm, v, t.get("w.post_norm_weight"), t.get("w.post_norm_bias"))
+    if spec.add:
+        v = v + t["in.add"]
+    outputs = {"out.sum": v} if spec.store else {}
+    if spec.norm:
+        v = norm(spec.norm, v, t.get("w.norm_weight"), t.get("w.norm_bias"))
+    p = v @ t["w.weight"].T
+    if spec.bias:
+        p = p + t["w.bias"]
+    for i, s in enumerate(spec.segments):
+        part = p[:, s.start : s.stop]
+        if s.gated:
+            z = ACTIVATIONS[s.activation](part[:, : s.width]) * part[:, s.width :]
+        else:
+            z = ACTIVATIONS[s.activation](part)
+        if spec.softcap:
+            z = spec.softcap * torch.tanh(z / spec.softcap)
+        z = z * spec.scale
+        for r in range(spec.residuals):
+            z = z + t[f"in.residual{r}"]
+        outputs[f"out.y{i}"] = z
+    return outputs
+
+
+def embed(spec: Embed, tensors: Tensors, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The embedded tokens in float64."""
+    t = {k: v.double() for k, v in tensors.items()}
+    y = t["w.table"][tokens.long()]
+    if spec.position_offset is not None:
+        y = y + t["w.positions_table"][positions.long() + spec.position_offset]
+    y = y * spec.scale
+    return norm(spec.norm, y, t.get("w.norm_weight"), t.get("w.norm_bias")) if spec.norm else y
