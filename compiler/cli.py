@@ -1,0 +1,111 @@
+"""The `dscompile` command line: arguments, progress, exit codes; nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dscompile.runtime import command
+from dscompile.runtime.report import Report
+from dscompile.runtime.report_text import format_bytes, summary_lines, verification_line
+
+EXAMPLE_PROMPT = "Once upon a time"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile. 0: done. 1: verification failed, no artifact. 2: something the user can act on, in one line."""
+    return command.run("dscompile", _compile, argv)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments; their names are those of compile_model, with dashes."""
+    parser = command.Parser(
+        "dscompile", description="Compile a Hugging Face model into a directory that dsrun executes."
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="hub id or local directory")
+    add("-o", "--out", type=Path, required=True, metavar="OUT", help="directory to write")
+    add("--dtype", default="auto", metavar="TYPE", help="auto (the checkpoint's on a GPU, float32 on cpu), float16 ...")
+    add(
+        "--target",
+        default="native",
+        metavar="T[,T]",
+        help="native (the GPU at hand, else cpu), cpu, or sm_80,sm_90 ...",
+    )
+    add("--quant", default="none", metavar="SCHEME", help="none, int8 or int8-weight-only")
+    add("--kv-dtype", default="auto", metavar="TYPE", help="auto or int8")
+    add("--calibrate", type=Path, metavar="FILE", help="text that quantization is calibrated on")
+    add("--tensor-parallel", type=command.positive_int, default=1, metavar="N")
+    add("--pipeline-parallel", type=command.positive_int, default=1, metavar="N")
+    add("--max-seq-len", type=command.positive_int, metavar="N", help="longest sequence; default: the model's")
+    add("--max-batch", type=command.positive_int, metavar="N", help="most sequences in one step")
+    add("--tune", action="store_true", help="measure kernel configurations on the GPU at hand")
+    dummy = "random weights, made at load (config.json is enough); =stored writes them"
+    add("--dummy-weights", choices=("generated", "stored"), metavar="=stored", help=dummy)
+    add("--require-fusion", type=_names, default=(), metavar="REGION[,REGION]", help="fail where one is not formed")
+    add("--dump-ir", type=Path, metavar="DIR", help="write the graph after every pass that changes it")
+    add("--no-verify", action="store_true", help="do not compare the artifact with the model")
+    add("--force", action="store_true", help="replace OUT if it is an artifact")
+    add("--json", action="store_true", help="print the report as JSON and nothing else")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _compile(argv: Sequence[str]) -> int:
+    # Only =VALUE gives --dummy-weights a value: the word after it is the model.
+    argv = ["--dummy-weights=generated" if word == "--dummy-weights" else word for word in argv]
+    options = vars(build_parser().parse_args(argv))
+    as_json, _ = options.pop("json"), options.pop("debug")
+    options["verify"] = not options.pop("no_verify")
+    if as_json:
+        _quiet()
+        command.print_json(_run(options, None).to_json())
+        return 0
+    _quiet()
+    console = Console(stderr=True)
+    console.print(f"Compiling {options['model']}", highlight=False)
+    report = _run(options, console)
+    _summary(report, options["out"])
+    return 0
+
+
+def _run(options: dict[str, Any], console: Console | None) -> Report:
+    # Imported late: `dscompile --help` and argument errors should not wait for torch and transformers.
+    from dscompile.compiler.cli_progress import ConsoleProgress
+    from dscompile.compiler.compile import compile_model
+
+    model, out = options.pop("model"), options.pop("out")
+    if console is None:
+        return compile_model(model, out, **options)
+    with ConsoleProgress(console) as progress:
+        return compile_model(model, out, progress=progress, **options)
+
+
+def _summary(report: Report, out: Path) -> None:
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    facts = [str(report.model[key]) for key in ("dtype", "target") if report.model.get(key)]
+    print(f"{out}: {format_bytes(size)}, {', '.join(facts)}")
+    for line in (*summary_lines(report), verification_line(report.verification)):
+        print(f"  {line}")
+    print(f"Next: dsrun generate {shlex.quote(str(out))} -p {shlex.quote(EXAMPLE_PROMPT)}")
+
+
+def _quiet() -> None:
+    """Our own progress is the only one: libraries that draw bars or warn on import stay silent."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
