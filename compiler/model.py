@@ -1,0 +1,44 @@
+"""Build a transformers model whose parameters take no memory and whose buffers keep their values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from dscompile.runtime.errors import UserError
+
+
+def build_on_meta(config: PretrainedConfig) -> nn.Module:
+    """Return the causal language model of a configuration in float32, parameters on the meta device.
+
+    Tracing in float32 lets every cast between a model's dtype and float32 vanish. Raises UserError for a
+    configuration that transformers knows no causal language model for, or cannot build.
+    """
+    try:
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"transformers cannot build a causal language model from this config.json: {reason}") from error
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Send parameters to the meta device as modules register them; buffers are computed on the CPU as usual."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -1,0 +1,200 @@
+"""From a transformers model to one graph: ATen operators, an opaque node per attention, weights as placeholders."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+from transformers import PretrainedConfig
+
+from dscompile.compiler.adapters import adapt
+from dscompile.compiler.attention import tracing, use_opaque_attention
+from dscompile.compiler.model import build_on_meta
+from dscompile.compiler.rotary import freeze_rotary
+from dscompile.passes.check_tokens import check_tokens
+from dscompile.passes.graph import ModelGraph
+from dscompile.passes.recipe import Constant, Source
+from dscompile.runtime.errors import UserError
+
+# Any length will do that no other size of a model is likely to equal, should a model fix it in its graph.
+_EXAMPLE_TOKENS = 13
+
+
+def trace_model(config: PretrainedConfig, max_seq_len: int) -> ModelGraph:
+    """Trace the model of a configuration for ragged batches of tokens.
+
+    The graph takes tokens and positions [1, T] int64 and returns logits [1, T, V]. Its weights carry the names of the
+    model's state_dict; tied weights share one. Buffers that no checkpoint stores, and constants, keep their values.
+    Raises UserError for a model whose attention is not understood, or in which another operator mixes tokens.
+    """
+    model = build_on_meta(config)
+    adapt(model)
+    freeze_rotary(model, max_seq_len)
+    use_opaque_attention(model)
+    values = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.device.type != "meta"}
+    program = _export(model.to("meta"))
+    graph = _with_named_weights(program, model, values, max_seq_len)
+    _simplify(graph)
+    _check_attention(graph, config)
+    return graph
+
+
+class _Logits(nn.Module):
+    """The model as a function of tokens and positions."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        torch._check(tokens.shape[1] == positions.shape[1])
+        with tracing(positions):
+            return self.model(input_ids=tokens, position_ids=positions, use_cache=False, return_dict=True).logits
+
+
+def _export(model: nn.Module) -> torch.export.ExportedProgram:
+    tokens = torch.zeros(1, _EXAMPLE_TOKENS, dtype=torch.int64, device="meta")
+    positions = torch.zeros(1, _EXAMPLE_TOKENS, dtype=torch.int64, device="meta")
+    length = {1: torch.export.Dim.AUTO}
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.export.export(
+                _Logits(model), (tokens, positions), dynamic_shapes=(length, length), strict=False
+            )
+            return program.run_decompositions({})
+    except UserError:
+        raise
+    except Exception as error:
+        # torch.export lets whatever the model's own code raises through, so no narrower class covers its failures.
+        reason = " ".join(str(error).split())[:240]
+        raise UserError(
+            f"{type(model).__name__} cannot be traced: {type(error).__name__}: {reason}; if its attention is "
+            f"hard-coded, write an adapter in compiler/adapters"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _with_named_weights(
+    program: torch.export.ExportedProgram, model: nn.Module, values: dict[str, Tensor], max_seq_len: int
+) -> ModelGraph:
+    """Name every lifted tensor of an exported program: checkpoint weights as sources, the rest as constants."""
+    module = program.graph_module
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    first: dict[str, fx.Node] = {}
+    graph = ModelGraph(module, {}, {}, max_seq_len)
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
+        if spec.kind is InputKind.USER_INPUT:
+            continue
+        target = str(spec.target).removeprefix("model.")
+        name = tied.get(target, target)
+        if name in first:
+            node.replace_all_uses_with(first[name])
+            module.graph.erase_node(node)
+            continue
+        first[name] = node
+        node.meta["weight"] = name
+        shape = tuple(node.meta["val"].shape)
+        if spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent):
+            graph.recipes[name] = Source(name, shape)
+        else:
+            graph.recipes[name] = Constant(name, shape)
+            graph.constants[name] = _constant(name, values, program)
+    _put_weights_last(module.graph)
+    return graph
+
+
+def _constant(name: str, values: dict[str, Tensor], program: torch.export.ExportedProgram) -> Tensor:
+    value = values.get(name)
+    if value is None:
+        value = program.constants.get(name, program.constants.get(f"model.{name}"))
+    if value is None or value.device.type == "meta":
+        raise UserError(f"the model builds a constant ({name}) from data while it runs; write an adapter for it")
+    return value
+
+
+def _put_weights_last(graph: fx.Graph) -> None:
+    """Order the placeholders tokens, positions, weights."""
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    inputs = [n for n in placeholders if "weight" not in n.meta]
+    for node, name in zip(inputs, ("tokens", "positions"), strict=True):
+        node.name = node.target = name
+    for node in reversed(inputs):
+        next(iter(graph.nodes)).prepend(node)
+
+
+_ASSERTIONS = ("_assert", "sym_constrain", "_guards_fn")
+_aten = torch.ops.aten
+
+
+def _simplify(graph: ModelGraph) -> None:
+    """Drop assertions, and operators that return their input unchanged."""
+    for node in list(graph.graph.nodes):
+        if node.op == "call_module" or (node.op == "call_function" and any(a in str(node.target) for a in _ASSERTIONS)):
+            graph.graph.erase_node(node)
+        elif node.op == "call_function" and _is_identity(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+        elif node.target is _aten._unsafe_view.default:
+            node.target = _aten.view.default
+        elif "device" in node.kwargs:
+            node.update_kwarg("device", torch.device("cpu"))
+    (output,) = (n for n in graph.graph.nodes if n.op == "output")
+    result = output.args[0]
+    output.args = (result[0] if isinstance(result, tuple | list) else result,)
+    graph.drop_dead()
+    graph.constants = {name: value for name, value in graph.constants.items() if name in graph.recipes}
+    graph.graph.lint()
+
+
+def _is_identity(node: fx.Node) -> bool:
+    """Whether a node returns its first argument: a cast to the same dtype, dropout, a full slice, an alias."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), Tensor):
+        return False
+    value, before = node.meta.get("val"), source.meta["val"]
+    match node.target:
+        case _aten.alias.default | _aten.detach.default | _aten.detach_.default | _aten.lift_fresh_copy.default:
+            return True
+        case _aten.dropout.default | _aten.lift_fresh.default:
+            return True
+        case _aten.clone.default | _aten.contiguous.default:
+            return before.is_contiguous()
+        case _aten.to.dtype | _aten.to.dtype_layout | _aten.to.device | _aten._to_copy.default | _aten.type_as.default:
+            return value.dtype == before.dtype
+        case _aten.slice.Tensor | _aten.expand.default | _aten.view.default | _aten.reshape.default:
+            return len(value.shape) == len(before.shape) and all(
+                bool(a == b) for a, b in zip(value.shape, before.shape, strict=True)
+            )
+    return False
+
+
+def _check_attention(graph: ModelGraph, config: PretrainedConfig) -> None:
+    """Refuse a graph in which anything but one attention node per layer mixes tokens."""
+    targets = [str(n.target) for n in graph.graph.nodes]
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    found = [n.args[4] for n in graph.graph.nodes if n.target is torch.ops.dsc.attention.default]
+    complete = sorted(found) == list(range(layers))
+    if complete or not any("softmax" in target for target in targets):
+        check_tokens(graph.module)
+    if not complete:
+        raise UserError(
+            f"found {len(found)} attention operators in {layers} layers: this model's attention is written in its own "
+            f"code; write an adapter in compiler/adapters"
+        )

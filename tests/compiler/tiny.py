@@ -1,0 +1,149 @@
+"""Tiny random models of many architectures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+_SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_LLAMA = {**_SIZES, "intermediate_size": 128, "num_key_value_heads": 2}
+_GPT2 = {
+    "vocab_size": 128,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 32,
+}
+
+CONFIGS: dict[str, tuple[str, dict]] = {
+    "gpt2": ("GPT2Config", _GPT2),
+    "gptj": ("GPTJConfig", {**_GPT2, "rotary_dim": 8}),
+    "codegen": ("CodeGenConfig", {**_GPT2, "n_ctx": 64, "rotary_dim": 8}),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {
+            "vocab_size": 128,
+            "hidden_size": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "max_position_embeddings": 64,
+            "window_size": 4,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "gpt_neox": ("GPTNeoXConfig", {**_SIZES, "intermediate_size": 128, "rotary_pct": 0.25}),
+    "bloom": ("BloomConfig", {"vocab_size": 128, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    "bloom_six_heads": ("BloomConfig", {"vocab_size": 128, "hidden_size": 96, "n_layer": 2, "n_head": 6}),
+    "opt": ("OPTConfig", {**_SIZES, "ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "llama": ("LlamaConfig", _LLAMA),
+    "llama_tied": ("LlamaConfig", {**_LLAMA, "tie_word_embeddings": True}),
+    "llama_dynamic": (
+        "LlamaConfig",
+        {**_LLAMA, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+    ),
+    "mistral": ("MistralConfig", {**_LLAMA, "sliding_window": 4}),
+    "qwen2": ("Qwen2Config", _LLAMA),
+    "qwen3": ("Qwen3Config", {**_LLAMA, "head_dim": 16}),
+    "gemma2": ("Gemma2Config", {**_LLAMA, "head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 16}),
+    "gemma3_text": ("Gemma3TextConfig", {**_LLAMA, **_WINDOWS, "head_dim": 16, "query_pre_attn_scalar": 16}),
+    "phi": ("PhiConfig", _LLAMA),
+    "phi3_longrope": (
+        "Phi3Config",
+        {**_LLAMA, "original_max_position_embeddings": 32, "rope_parameters": _LONGROPE},
+    ),
+    "falcon_multi_query": (
+        "FalconConfig",
+        {**_SIZES, "multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "bias": False},
+    ),
+    "falcon_alibi": (
+        "FalconConfig",
+        {
+            **_SIZES,
+            "multi_query": False,
+            "parallel_attn": False,
+            "alibi": True,
+            "new_decoder_architecture": False,
+            "bias": True,
+        },
+    ),
+    "falcon_new": ("FalconConfig", {**_SIZES, "new_decoder_architecture": True, "num_kv_heads": 2, "bias": False}),
+    "mpt": ("MptConfig", {"vocab_size": 128, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
+    "stablelm": ("StableLmConfig", _LLAMA),
+    "olmo": ("OlmoConfig", _LLAMA),
+    "olmo2": ("Olmo2Config", _LLAMA),
+    "cohere2": ("Cohere2Config", {**_LLAMA, **_WINDOWS}),
+    "gpt_bigcode": ("GPTBigCodeConfig", _GPT2),
+    "granite": ("GraniteConfig", _LLAMA),
+    "nemotron": ("NemotronConfig", _LLAMA),
+    "glm4": ("Glm4Config", {**_LLAMA, "head_dim": 16}),
+    "smollm3": ("SmolLM3Config", _LLAMA),
+}
+
+RECURRENT: dict[str, tuple[str, dict]] = {
+    "mamba": (
+        "MambaConfig",
+        {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        {**_SIZES, "intermediate_size": 128, "num_key_value_heads": 1, "lru_width": 64, "attention_window_size": 8},
+    ),
+}
+
+EXPERTS = ("MixtralConfig", {**_LLAMA, "num_local_experts": 4})
+
+# Eager attention of transformers adds alibi twice here, scaled and unscaled; its sdpa path does not.
+REFERENCE_ATTENTION = {"falcon_alibi": "sdpa"}
+
+
+def make_config(spec: tuple[str, dict]) -> transformers.PretrainedConfig:
+    class_name, arguments = spec
+    return getattr(transformers, class_name)(**arguments)
+
+
+def make_model(name: str, seed: int = 0) -> nn.Module:
+    """A float32 model with random weights in which no bias, norm or embedding is trivial."""
+    attention = REFERENCE_ATTENTION.get(name, "eager")
+    model = transformers.AutoModelForCausalLM.from_config(
+        make_config(CONFIGS[name]), attn_implementation=attention, dtype=torch.float32
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.add_(noise * 0.1)
+            else:
+                parameter.copy_(noise * 0.15)
+    return model.eval()
+
+
+def save_model(name: str, directory: Path, dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
+    """Write a tiny model to a directory as transformers would; return it in that dtype."""
+    model = make_model(name).to(dtype)
+    model.save_pretrained(directory, **options)
+    return model
