@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -49,7 +50,8 @@ class ModelGraph:
                 return node
         last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
         with self.graph.inserting_after(last):
-            node = self.graph.placeholder("w_" + name.replace(".", "_").replace(":", "_"))
+            node = self.graph.placeholder("w_" + re.sub(r"\W+", "_", name)[:80])
+        node.target = node.name
         node.meta = {"weight": name, "val": torch.empty(shape_of(recipe), device="meta")}
         self.recipes[name] = recipe
         return node

@@ -1,0 +1,67 @@
+"""Gives each region its names, from what it reads and what reads it."""
+
+from __future__ import annotations
+
+import operator
+
+from torch import fx
+
+from dscompile.passes import vocabulary
+from dscompile.passes.fuse.regions import fused_embed, fused_linear
+from dscompile.passes.graph import ModelGraph
+from dscompile.passes.rule import Log
+
+VIEWS = {operator.getitem, vocabulary.columns}
+
+
+def name_regions(graph: ModelGraph, log: Log) -> None:
+    """Set meta["regions"]: embed, attn_in, attention, attn_out, mlp_in, mlp_out, head, norm; a region may have several."""
+    for node in graph.graph.nodes:
+        if node.target is fused_linear:
+            node.meta["regions"] = _linear_names(node)
+        elif node.target is vocabulary.attention:
+            node.meta["regions"] = ("attention",)
+        elif node.target is fused_embed:
+            node.meta["regions"] = ("embed",)
+        elif node.target is vocabulary.norm:
+            node.meta["regions"] = ("norm",)
+
+
+def _linear_names(node: fx.Node) -> tuple[str, ...]:
+    if node.args[3].rows == "R":
+        return ("head",)
+    names = []
+    readers = _readers(node)
+    if any(r.target is vocabulary.attention for r in readers):
+        names.append("attn_in")
+    if any(_computes_hidden(node, r) for r in readers):
+        names.append("mlp_in")
+    for x in node.args[0]:
+        producer = _producer(x)
+        if producer.target is vocabulary.attention:
+            names.append("attn_out")
+        elif producer.target is fused_linear and _computes_hidden(producer, node):
+            names.append("mlp_out")
+    return tuple(dict.fromkeys(names)) or ("linear",)
+
+
+def _computes_hidden(node: fx.Node, reader: fx.Node) -> bool:
+    """Whether a linear's activated product is what another linear reads: the hidden row of an MLP."""
+    if reader.target is not fused_linear or reader.args[3].norm is not None:
+        return False
+    return any(_producer(x) is node for x in reader.args[0]) and any(
+        s.gated or s.activation != "none" for s in node.args[3].segments
+    )
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    found = []
+    for user in node.users:
+        found += _readers(user) if user.target in VIEWS else [user]
+    return found
+
+
+def _producer(node: fx.Node) -> fx.Node:
+    while node.target in VIEWS:
+        node = node.args[0]
+    return node

@@ -1,0 +1,156 @@
+"""Remove what computes nothing: no-op nodes, repeated nodes, weight arithmetic that a recipe can carry."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from dscompile.passes.graph import ModelGraph, is_weight
+from dscompile.passes.recipe import Add, Constant, Recipe, Reshape, Scale, Transpose
+from dscompile.passes.rule import Log
+
+aten = torch.ops.aten
+
+IDENTITIES = {
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.dropout.default,
+    aten.lift_fresh_copy.default,
+}
+RESHAPES = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.flatten.using_ints,
+    aten.expand.default,
+}
+CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
+TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default}
+
+
+def drop_noops(graph: ModelGraph, log: Log) -> None:
+    """Replace nodes whose value is their input's: copies, full slices, casts to the same dtype, reshapes and back."""
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function" and (source := _same_value(node)) is not None:
+            node.replace_all_uses_with(source)
+            log.matched("y = x")
+    graph.drop_dead()
+
+
+def _same_value(node: fx.Node) -> fx.Node | None:
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or "val" not in source.meta:
+        return None
+    value, before = node.meta.get("val"), source.meta["val"]
+    if node.target in IDENTITIES:
+        return source
+    if node.target in CASTS:
+        return source if value.dtype == before.dtype else None
+    if node.target is aten.slice.Tensor:
+        start, stop, step = (*node.args[2:], *(None, None, None)[len(node.args) - 2 :])
+        full = not start and (stop is None or (isinstance(stop, int) and stop >= 2**62)) and step in (None, 1)
+        return source if full or value.shape == before.shape else None
+    if node.target in RESHAPES:
+        return _reshaped_back(node, source)
+    if node.target in (aten.mul.Tensor, aten.div.Tensor) and node.args[1] == 1 and not isinstance(node.args[1], bool):
+        return source
+    return None
+
+
+def _reshaped_back(node: fx.Node, source: fx.Node) -> fx.Node | None:
+    """The ancestor of equal shape through reshapes alone (sizes of 1 and splits come and go in order)."""
+    shape = node.meta["val"].shape
+    while source.meta["val"].shape != shape:
+        if source.target not in RESHAPES or source.meta["val"].numel() != node.meta["val"].numel():
+            return None
+        source = source.args[0]
+    return source
+
+
+def merge_repeated(graph: ModelGraph, log: Log) -> None:
+    """Common subexpressions: one node for equal targets and arguments, one constant for equal values."""
+    first: dict[str, str] = {}
+    for name, value in graph.constants.items():
+        twin = next((o for o in first.values() if _equal(graph.constants[o], value)), name)
+        first[name] = twin
+    seen: dict[object, fx.Node] = {}
+    for node in list(graph.graph.nodes):
+        if node.op == "placeholder":
+            recipe = graph.recipes.get(node.meta.get("weight", ""))
+            key: object = ("constant", first[recipe.name]) if isinstance(recipe, Constant) else node
+        elif node.op == "call_function":
+            key = (node.target, _hashable(node.args), _hashable(node.kwargs))
+        else:
+            continue
+        twin_node = seen.setdefault(key, node)
+        if twin_node is not node:
+            node.replace_all_uses_with(twin_node)
+            log.matched("x, x -> x")
+    graph.drop_dead()
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _hashable(value: object) -> object:
+    if isinstance(value, list | tuple):
+        return tuple(_hashable(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, _hashable(v)) for k, v in sorted(value.items()))
+    return (type(value), str(value)) if isinstance(value, torch.SymInt | float) else value
+
+
+def fold_weight_arithmetic(graph: ModelGraph, log: Log) -> None:
+    """Turn nodes that only rearrange, scale or shift one weight into recipes of a new weight."""
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function":
+            continue
+        recipe = _weight_recipe(graph, node)
+        if recipe is not None:
+            source = next(i for i in node.all_input_nodes if is_weight(i))
+            node.replace_all_uses_with(graph.add_weight(f"{source.meta['weight']}:{node.name}", recipe))
+            log.matched("f(w) -> w'")
+    graph.drop_dead()
+
+
+def _weight_recipe(graph: ModelGraph, node: fx.Node) -> Recipe | None:
+    inputs = node.all_input_nodes
+    if len(inputs) != 1 or not is_weight(inputs[0]) or isinstance(graph.recipe(inputs[0]), Constant):
+        return None
+    (source,) = inputs
+    recipe, before = graph.recipe(source), source.meta["val"]
+    if node.target in TRANSPOSES and before.ndim == 2 and node.meta["val"].shape != before.shape:
+        return Transpose(recipe)
+    if node.target in TRANSPOSES and before.ndim == 2 and _swaps(node):
+        return Transpose(recipe)
+    if node.target in RESHAPES - {aten.expand.default}:
+        return Reshape(recipe, tuple(int(s) for s in node.meta["val"].shape))
+    number = next((float(a) for a in node.args if isinstance(a, int | float)), None)
+    if number is not None and node.target is aten.add.Tensor:
+        return Add(recipe, number)
+    if number is not None and node.target is aten.mul.Tensor:
+        return Scale(recipe, number)
+    return None
+
+
+def _swaps(node: fx.Node) -> bool:
+    """Whether a transposing node of a square matrix exchanges its dimensions."""
+    if node.target is aten.permute.default:
+        return [d % 2 for d in node.args[1]] == [1, 0]
+    if node.target is aten.transpose.int:
+        return (node.args[1] - node.args[2]) % 2 == 1
+    return True
+
+
+def split_outputs(node: fx.Node) -> dict[int, fx.Node]:
+    """The getitem users of a node with several outputs, by index."""
+    return {u.args[1]: u for u in node.users if u.target is operator.getitem}

@@ -1,0 +1,260 @@
+"""What an attention operand is made of, read by evaluating its sub-graph: source columns, a factor, a rotation.
+
+Models spell head splitting and rotary embedding in dozens of ways (views, chunks, interleaved or half-split pairs,
+complex numbers, partial rotation). All of them are, for one position, q[h, d] = a x[i] cos + b x[j] sin. Feeding the
+sub-graph with column numbers instead of activations, with the cosines or the sines switched off, yields i and j
+directly, and feeding ones at every position yields the tables.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from dscompile.passes.evaluate import depends_on, depends_on_tokens, evaluate
+from dscompile.passes.graph import ModelGraph
+
+aten = torch.ops.aten
+
+LAYOUT = {
+    operator.getitem,
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.unbind.int,
+    aten.cat.default,
+    aten.stack.default,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.clone.default,
+    aten.contiguous.default,
+}
+ROTATION = {
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.neg.default,
+    aten.view_as_complex.default,
+    aten.view_as_real.default,
+}
+POSITIONS_PER_CHUNK = 512
+
+
+class Unreadable(Exception):
+    """The operand is not understood; the message says why."""
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Rotary embedding of each head's first `2 * pairs` canonical columns; tables [max_seq_len, pairs] float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @property
+    def pairs(self) -> int:
+        return self.cos.shape[1]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An attention operand [1, H, T, D]: canonical element (h, d) is `scale` * source element `index[h][d]`.
+
+    source: the node behind the layout; its elements are counted row-major at one token.
+    Canonical order within a head: first halves of the rotated pairs, second halves, the rest.
+    """
+
+    source: fx.Node
+    index: tuple[tuple[int, ...], ...]
+    scale: float
+    rotation: Rotation | None
+
+
+class OperandReader:
+    """Reads the operands of one graph's attentions; rotary tables are computed once per set of cosines and sines."""
+
+    def __init__(self, graph: ModelGraph) -> None:
+        self.graph = graph
+        self._activations: dict[fx.Node, bool] = {}
+        self._positional: dict[fx.Node, bool] = {}
+        self._tables: dict[object, Rotation] = {}
+
+    def read(self, node: fx.Node) -> Operand:
+        """Read an operand of shape [1, H, T, D]; raises Unreadable."""
+        source, frontier = self._boundary(node)
+        cosines, sines = self._at_zero(frontier, cosine=True), self._at_zero(frontier, cosine=False)
+        one, code = self._source_value(source, 1)
+        factor = self._run(node, source, one, cosines)[0, :, 0].double()
+        first = self._run(node, source, code, cosines)[0, :, 0].double() / factor
+        index = self._integral(first)
+        if not frontier:
+            return Operand(source, _rows(index), self._uniform(factor), None)
+        passing = {n: torch.zeros_like(v) for n, v in sines.items()}
+        second, partner_weight = (
+            (self._run(node, source, x, sines) - self._run(node, source, x, passing))[0, :, 0].double()
+            for x in (code, one)
+        )
+        order, pairs = self._canonical_order(index, second, partner_weight)
+        factor = factor[:, order]
+        scale = self._uniform(factor[:, 2 * pairs :]) if 2 * pairs < len(order) else 1.0
+        if not pairs:
+            return Operand(source, _rows(index), self._uniform(factor), None)
+        rotation = self._rotation(node, source, frontier, order, pairs, scale)
+        return Operand(source, _rows(index[:, order]), scale, rotation)
+
+    def elements(self, node: fx.Node) -> tuple[fx.Node, Tensor]:
+        """(source, element numbers in the node's shape at one token) of a node that only rearranges its source."""
+        source, frontier = self._boundary(node)
+        if frontier:
+            raise Unreadable(f"{node.name} depends on positions before its norm")
+        one, code = self._source_value(source, 1)
+        self._uniform(self._run(node, source, one, {}).double(), expected=1.0)
+        return source, self._integral(self._run(node, source, code, {}).double())
+
+    def _boundary(self, node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+        """The one activation the sub-graph starts from, and the position-dependent tensors it uses."""
+        sources: list[fx.Node] = []
+        frontier: list[fx.Node] = []
+        stack, seen = [node], {node}
+        while stack:
+            current = stack.pop()
+            if current.target not in LAYOUT | ROTATION:
+                sources.append(current)
+                continue
+            for i in current.all_input_nodes:
+                if i in seen:
+                    continue
+                seen.add(i)
+                if depends_on_tokens(self.graph, self._activations, i):
+                    stack.append(i)
+                elif isinstance(i.meta.get("val"), Tensor) and depends_on(i, {self.graph.positions}, self._positional):
+                    frontier.append(i)
+        if len(sources) != 1:
+            raise Unreadable(f"{node.name} combines {len(sources)} activations ({', '.join(s.name for s in sources)})")
+        return sources[0], tuple(frontier)
+
+    def _at_zero(self, frontier: tuple[fx.Node, ...], cosine: bool) -> dict[fx.Node, Tensor]:
+        """Values at position 0 with only the cosines (1 or a constant factor) or only the sines (set to 1) left."""
+        position = torch.zeros(1, 1, dtype=torch.long)
+        values = {}
+        for node in frontier:
+            value = evaluate(self.graph, node, {self.graph.positions: position, self.graph.tokens: position})
+            if value.is_complex():
+                one = torch.ones_like(value.real)
+                values[node] = torch.complex(one, 0 * one) if cosine else torch.complex(0 * one, one)
+            elif bool((value == 0).all()):
+                values[node] = torch.zeros_like(value) if cosine else torch.ones_like(value)
+            else:
+                values[node] = value if cosine else torch.zeros_like(value)
+        return values
+
+    def _source_value(self, source: fx.Node, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Ones, and element numbers counted from 1, in the source's shape at `num_tokens` tokens."""
+        shape = [s if isinstance(s, int) else None for s in source.meta["val"].shape]
+        if shape.count(None) != 1 or shape[0] != 1:
+            raise Unreadable(f"{source.name} has shape {tuple(source.meta['val'].shape)}, not one row per token")
+        at_one = [1 if s is None else s for s in shape]
+        code = torch.arange(1, 1 + torch.Size(at_one).numel(), dtype=torch.float64).reshape(at_one)
+        full = [num_tokens if s is None else s for s in shape]
+        return torch.ones(full), code
+
+    def _run(self, node: fx.Node, source: fx.Node, value: Tensor, frontier: dict[fx.Node, Tensor]) -> Tensor:
+        tokens_dim = [isinstance(s, int) for s in source.meta["val"].shape].index(False)
+        inputs = torch.zeros(1, value.shape[tokens_dim], dtype=torch.long)
+        given = {self.graph.tokens: inputs, self.graph.positions: inputs, source: value, **frontier}
+        return evaluate(self.graph, node, given)
+
+    def _canonical_order(self, index: Tensor, second: Tensor, weight: Tensor) -> tuple[list[int], int]:
+        """Columns of a head in canonical order, and the number of rotated pairs; the same for every head."""
+        rotated = weight != 0
+        if bool((rotated != rotated[:1]).any()):
+            raise Unreadable("heads are rotated differently")
+        columns = rotated[0].nonzero().flatten().tolist()
+        partner = torch.where(rotated, second / torch.where(rotated, weight, 1.0), 1.0).round().long() - 1
+        firsts, seconds = [], []
+        for d in columns:
+            if weight[0, d] < 0:
+                matches = [e for e in columns if index[0, e] == partner[0, d]]
+                if len(matches) != 1 or weight[0, matches[0]] < 0:
+                    raise Unreadable("rotary pairs do not match up")
+                firsts.append(d)
+                seconds.append(matches[0])
+        paired = bool(
+            (partner[:, firsts] == index[:, seconds]).all() and (partner[:, seconds] == index[:, firsts]).all()
+        )
+        if not paired or 2 * len(firsts) != len(columns):
+            raise Unreadable("rotary pairs do not match up")
+        rest = [d for d in range(index.shape[1]) if d not in set(columns)]
+        return firsts + seconds + rest, len(firsts)
+
+    def _rotation(
+        self, node: fx.Node, source: fx.Node, frontier: tuple[fx.Node, ...], order: list[int], pairs: int, scale: float
+    ) -> Rotation:
+        key = (frontier, tuple(order), pairs, scale)
+        if key not in self._tables:
+            chunks = [
+                self._tables_for(node, source, frontier, start, order, pairs)
+                for start in range(0, self.graph.max_seq_len, POSITIONS_PER_CHUNK)
+            ]
+            cos, sin = (torch.cat(parts)[: self.graph.max_seq_len] / scale for parts in zip(*chunks, strict=True))
+            self._tables[key] = Rotation(cos.contiguous(), sin.contiguous())
+        return self._tables[key]
+
+    def _tables_for(
+        self, node: fx.Node, source: fx.Node, frontier: tuple[fx.Node, ...], start: int, order: list[int], pairs: int
+    ) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(start, start + POSITIONS_PER_CHUNK)[None]
+        positions = positions.clamp(max=self.graph.max_seq_len - 1)
+        given = {self.graph.positions: positions, self.graph.tokens: torch.zeros_like(positions)}
+        zero = self._at_zero(frontier, cosine=True)
+        only_cos, only_sin = {}, {}
+        for n in frontier:
+            value = evaluate(self.graph, n, given)
+            if value.is_complex():
+                only_cos[n] = torch.complex(value.real, torch.zeros_like(value.real))
+                only_sin[n] = torch.complex(torch.zeros_like(value.imag), value.imag)
+            else:
+                is_sine = bool((zero[n] == 0).all())
+                only_cos[n] = torch.zeros_like(value) if is_sine else value
+                only_sin[n] = value if is_sine else torch.zeros_like(value)
+        ones, _ = self._source_value(source, POSITIONS_PER_CHUNK)
+        cos = self._run(node, source, ones, only_cos)[0, 0][:, order]
+        sin = self._run(node, source, ones, only_sin)[0, 0][:, order]
+        first, second = slice(0, pairs), slice(pairs, 2 * pairs)
+        if not torch.equal(cos[:, first], cos[:, second]) or not torch.equal(-sin[:, first], sin[:, second]):
+            raise Unreadable("the two halves of a rotary pair turn by different angles")
+        rest = cos[:, 2 * pairs :]
+        if bool((rest != rest[:1]).any()):
+            raise Unreadable("columns outside the rotation depend on positions")
+        return cos[:, first].float(), sin[:, second].float()
+
+    @staticmethod
+    def _uniform(factor: Tensor, expected: float | None = None) -> float:
+        value = factor.flatten()[0].item()
+        if bool((factor != value).any()) or (expected is not None and value != expected):
+            raise Unreadable("columns are scaled differently")
+        return value
+
+    @staticmethod
+    def _integral(code: Tensor) -> Tensor:
+        index = code.round()
+        if not bool(((code - index).abs() < 1e-3).all()) or bool((index < 1).any()):
+            raise Unreadable("columns are not a selection of one linear's outputs")
+        return index.long() - 1
+
+
+def _rows(index: Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(row) for row in index.tolist())

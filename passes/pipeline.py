@@ -1,0 +1,55 @@
+"""The passes, in order."""
+
+from dscompile.passes.fuse.embedding import fuse_embedding
+from dscompile.passes.fuse.epilogue import fuse_epilogue
+from dscompile.passes.fuse.gate import fuse_gate
+from dscompile.passes.fuse.head import gather_head_rows
+from dscompile.passes.fuse.linears import anchor_linears
+from dscompile.passes.fuse.name_regions import name_regions
+from dscompile.passes.fuse.pack import pack_siblings
+from dscompile.passes.fuse.prologue import fuse_prologue
+from dscompile.passes.fuse.residual import fuse_residual
+from dscompile.passes.normalize.attentions import canonical_attentions
+from dscompile.passes.normalize.cleanup import drop_noops, fold_weight_arithmetic, merge_repeated
+from dscompile.passes.normalize.elementwise import canonical_arithmetic, name_functions
+from dscompile.passes.normalize.embeddings import canonical_embeddings
+from dscompile.passes.normalize.layers import assign_layers
+from dscompile.passes.normalize.linears import canonical_linears, split_packed_linears
+from dscompile.passes.normalize.norms import canonical_norms
+from dscompile.passes.reassociate.fold_norm import fold_norm
+from dscompile.passes.runner import Phase
+
+PIPELINE = (
+    Phase(
+        "normalize",
+        (
+            assign_layers,
+            drop_noops,
+            merge_repeated,
+            fold_weight_arithmetic,
+            canonical_linears,
+            drop_noops,
+            canonical_norms,
+            canonical_attentions,
+            split_packed_linears,
+            canonical_embeddings,
+            name_functions,
+            canonical_arithmetic,
+        ),
+    ),
+    Phase("reassociate", (fold_norm,)),
+    Phase(
+        "fuse",
+        (
+            anchor_linears,
+            fuse_gate,
+            fuse_epilogue,
+            fuse_residual,
+            pack_siblings,
+            fuse_prologue,
+            fuse_embedding,
+            gather_head_rows,
+            name_regions,
+        ),
+    ),
+)
