@@ -159,7 +159,8 @@ def _check_along(node: fx.Node, packet: str, axis: _Axis | None, rank: int) -> N
     position = _ALONG[packet]
     dims = node.args[position] if len(node.args) > position else node.kwargs.get("dim", _DEFAULT_DIM.get(packet))
     dims = [dims] if isinstance(dims, int) else dims
-    if axis and (not dims or axis.dim in [d % rank for d in dims]):
+    unchanged = packet == "slice" and node.meta["val"].shape == node.args[0].meta["val"].shape
+    if axis and not unchanged and (not dims or axis.dim in [d % rank for d in dims]):
         raise _Mixes("it works along them")
 
 

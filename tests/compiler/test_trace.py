@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+
 from dscompile.compiler.rotary import freeze_rotary
 from dscompile.compiler.trace import trace_model
 from dscompile.passes.recipe import Source
 from dscompile.runtime.errors import UserError
-
 from tests.compiler.tiny import CONFIGS, EXPERTS, RECURRENT, make_config, make_model
 from tests.helpers import rms_ratio
 
