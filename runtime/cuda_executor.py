@@ -1,0 +1,248 @@
+"""Executes a plan on an NVIDIA GPU: cubins launched by address, decode steps as CUDA graphs, state on the device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dscompile.runtime import kernels
+from dscompile.runtime.cuda_batch import (
+    Seats,
+    continues,
+    is_decode,
+    stage_decode,
+    stage_new_blocks,
+    stage_ragged,
+    stage_seen,
+)
+from dscompile.runtime.cuda_memory import Arena, ScratchMemory
+from dscompile.runtime.cuda_program import BoundPlan
+from dscompile.runtime.cuda_state import DeviceState, Staging
+from dscompile.runtime.driver import Driver
+from dscompile.runtime.errors import UserError
+from dscompile.runtime.executor import Batch, StepResult, max_logit_rows
+from dscompile.runtime.kernels import KernelTable, Sizes
+from dscompile.runtime.kv_cache import KVPool, size_pools
+from dscompile.runtime.plan import Plan, Sample
+
+RESERVED_BYTES = 512 << 20  # left to CUDA graphs, library workspaces and logits on their way to the host
+SMALL_GRAPHS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+GRAPH_STRIDE = 32
+
+
+def graph_sizes(max_batch: int) -> list[int]:
+    """Batch sizes for which decode is captured: 1, 2, 4, 8, 16, 24, 32, 48, 64, then every 32, up to max_batch."""
+    sizes = [*SMALL_GRAPHS, *range(SMALL_GRAPHS[-1] + GRAPH_STRIDE, max_batch, GRAPH_STRIDE)]
+    return [*(s for s in sizes if s < max_batch), max_batch]
+
+
+@dataclass
+class Slot:
+    """Pinned memory of one step in flight: what goes up, what comes back, and the event after both."""
+
+    staging: Staging
+    chosen: torch.Tensor
+    event: torch.cuda.Event
+
+
+@dataclass
+class CudaPending:
+    """A step in flight. `wait` reads the pinned memory that the step's last copy fills."""
+
+    batch: Batch
+    seats: np.ndarray
+    slot: Slot
+    logits: list[torch.Tensor | None]
+    _result: StepResult | None = field(default=None, init=False)
+
+    def wait(self) -> StepResult:
+        """Wait for the event of this step, and for nothing that was launched after it."""
+        if self._result is None:
+            self.slot.event.synchronize()
+            self._result = self._read()
+        return self._result
+
+    def _read(self) -> StepResult:
+        words = self.slot.chosen.numpy()
+        tokens, logprobs = words[: len(words) // 2], words[len(words) // 2 :].view(np.float32)
+        rows = self.batch.rows
+        return StepResult(
+            [int(tokens[s]) if r.sample else -1 for r, s in zip(rows, self.seats, strict=True)],
+            [
+                float(logprobs[s]) if r.sample and r.sequence.params.logprobs else float("nan")
+                for r, s in zip(rows, self.seats, strict=True)
+            ],
+            self.logits,
+        )
+
+
+class CudaExecutor:
+    """The executor of a CUDA device; see runtime.executor.Executor.
+
+    Step n + 1 may be launched before step n is read: `Slot`s are used in turn, one more than steps in flight.
+    """
+
+    max_in_flight = 2
+
+    def __init__(
+        self,
+        plan: Plan,
+        weights: dict[str, torch.Tensor],
+        artifact_dir: Path,
+        device: torch.device | str = "cuda",
+        max_kv_tokens: int | None = None,
+    ) -> None:
+        self.plan = plan
+        self.device = torch.device("cuda", torch.device(device).index or 0)
+        self.counters: Counter[str] = Counter()
+        self.max_logit_rows = max_logit_rows(plan)
+        torch.cuda.set_device(self.device)
+        target = kernels.device_target(plan.kernels, self.device)
+        self._stream = torch.cuda.Stream(self.device)
+        self._driver = Driver()
+        self._table = KernelTable(plan.kernels, Path(artifact_dir), target, self._driver)
+        self._allocate(max_kv_tokens)
+        self._bound = BoundPlan(plan, weights, self._table, self._arenas, self._scratch, self._state, self._pools)
+        self._seats = Seats(plan)
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._graph_sizes = graph_sizes(plan.max_batch)
+        self._graph_pool = torch.cuda.graph_pool_handle()
+        self._last: tuple[Batch, np.ndarray] | None = None
+        self._slots = [self._make_slot() for _ in range(self.max_in_flight + 1)]
+        self._sampling = next((s for s in plan.steps if isinstance(s.spec, Sample)), None)
+        torch.cuda.synchronize(self.device)
+
+    @property
+    def num_blocks(self) -> list[int]:
+        return [pool.num_blocks for pool in self._pools]
+
+    def launch(self, batch: Batch) -> CudaPending:
+        """Start a step on the executor's stream; waits only for a slot that is still being copied from."""
+        torch.cuda.set_device(self.device)
+        slot = self._slots[self.counters["steps"] % len(self._slots)]
+        slot.event.synchronize()
+        with torch.cuda.stream(self._stream):
+            seats = self._decode(batch, slot) if is_decode(batch) else self._ragged(batch, slot)
+            logits = self._copy_logits(batch)
+            self._state.download(slot.chosen, self._stream.cuda_stream)
+            slot.event.record(self._stream)
+        self.counters["steps"] += 1
+        self.counters["tokens"] += sum(row.num_tokens for row in batch.rows)
+        self.counters["logit_rows"] += sum(row.num_logits for row in batch.rows)
+        return CudaPending(batch, seats, slot, logits)
+
+    def synchronize(self) -> None:
+        """Wait for everything launched so far."""
+        self._stream.synchronize()
+
+    def _decode(self, batch: Batch, slot: Slot) -> np.ndarray:
+        size = next(s for s in self._graph_sizes if s >= len(batch.rows))
+        graph = self._graph(size, all(row.sequence.params.plain for row in batch.rows), slot)
+        stream = self._stream.cuda_stream
+        if self._last is not None and continues(batch, self._last[0]):
+            seats = self._last[1]
+            if stage_new_blocks(slot.staging, batch, seats, self._seats, self.plan.page_size):
+                self._state.upload_field(slot.staging, "new_blocks", stream)
+        else:
+            seats = self._seats.seat(batch.rows)
+            stage_decode(slot.staging, batch, size, seats, self._seats)
+            self._upload(batch, seats, slot)
+        graph.replay()
+        self._last = (batch, seats)
+        return seats
+
+    def _ragged(self, batch: Batch, slot: Slot) -> np.ndarray:
+        self._last = None
+        seats = self._seats.seat(batch.rows)
+        num_tokens, num_logits = stage_ragged(slot.staging, batch, seats, self._seats, self.plan.page_size)
+        self._upload(batch, seats, slot)
+        sizes = Sizes(num_tokens, len(batch.rows), num_logits, self._state.layout.blocks)
+        sampled = [row for row in batch.rows if row.sample]
+        decode = all(row.num_tokens == 1 for row in batch.rows)
+        stream = self._stream.cuda_stream
+        if any(row.tokens is None for row in batch.rows):
+            self._bound.eager("step.gather").launch(sizes, decode, stream)
+        self._bound.eager().launch(sizes, decode, stream)
+        if sampled:
+            self._bound.eager(_sampler(all(r.sequence.params.plain for r in sampled))).launch(sizes, decode, stream)
+        return seats
+
+    def _upload(self, batch: Batch, seats: np.ndarray, slot: Slot) -> None:
+        stream = self._stream.cuda_stream
+        self._state.upload(slot.staging, len(seats), self._seats.num_blocks(seats), stream)
+        for row, seat in zip(batch.rows, seats, strict=True):
+            if row.sample and row.tokens is not None and row.sequence.params.repetition_penalty != 1:
+                stage_seen(slot.staging, row, seat)
+                self._state.upload_seen(slot.staging, int(seat), stream)
+
+    def _graph(self, size: int, plain: bool, slot: Slot) -> torch.cuda.CUDAGraph:
+        """The captured decode step of `size` rows. Capturing runs it once on padding alone, which leaves no trace in
+        the cache or the sampled tokens, so that libraries have set themselves up before the capture."""
+        if (size, plain) not in self._graphs:
+            self._last = None
+            stage_decode(slot.staging, Batch(()), size, np.zeros(0, np.int32), self._seats)
+            self._state.upload(slot.staging, 0, 0, self._stream.cuda_stream)
+            self._stream.synchronize()
+            bound = [self._bound.sized(size, name) for name in ("step.advance", None, _sampler(plain))]
+            sizes = Sizes(size, size, size, self._state.layout.blocks)
+            graph = torch.cuda.CUDAGraph()
+            for part in bound:
+                part.launch(sizes, True, self._stream.cuda_stream)
+            graph.capture_begin(self._graph_pool, capture_error_mode="thread_local")
+            try:
+                for part in bound:
+                    part.launch(sizes, True, self._stream.cuda_stream)
+            finally:
+                graph.capture_end()
+            self._graphs[size, plain] = graph
+        return self._graphs[size, plain]
+
+    def _copy_logits(self, batch: Batch) -> list[torch.Tensor | None]:
+        if self._sampling is None or not any(row.return_logits for row in batch.rows):
+            return [None] * len(batch.rows)
+        rows = self._arenas["R"].rows
+        if self._last is not None:
+            rows = next(s for s in self._graph_sizes if s >= len(batch.rows))
+        view, first, copies = self._arenas["R"].view(self._sampling.inputs["logits"], rows), 0, []
+        for row in batch.rows:
+            part = view[first : first + row.num_logits]
+            first += row.num_logits
+            if row.return_logits:
+                copy = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+                copies.append(copy.copy_(part, non_blocking=True))
+            else:
+                copies.append(None)
+        return copies
+
+    def _allocate(self, max_kv_tokens: int | None) -> None:
+        plan = self.plan
+        self._arenas = {symbol: Arena(plan, symbol, self.device) for symbol in ("T", "R")}
+        self._scratch = ScratchMemory(plan, self.device)
+        torch.cuda.empty_cache()
+        needed = sum(a.num_bytes for a in self._arenas.values()) + sum(self._scratch.num_bytes.values())
+        free = torch.cuda.mem_get_info(self.device)[0]
+        if needed + RESERVED_BYTES > free:
+            raise UserError(
+                f"not enough GPU memory for activations: {(needed + RESERVED_BYTES) / 2**30:.2f} GiB needed, "
+                f"{free / 2**30:.2f} GiB free; free memory or compile with a smaller --max-batch"
+            )
+        for part in (*self._arenas.values(), self._scratch):
+            part.allocate()
+        self._state = DeviceState(plan, self.device, self._driver)
+        free = torch.cuda.mem_get_info(self.device)[0] - RESERVED_BYTES
+        blocks = size_pools(plan, free, max_kv_tokens)
+        pairs = zip(plan.kv_groups, blocks, strict=True)
+        self._pools = [KVPool(group, plan.page_size, n, self.device) for group, n in pairs]
+
+    def _make_slot(self) -> Slot:
+        layout = self._state.layout
+        chosen = torch.zeros(2 * layout.rows, dtype=torch.int32, pin_memory=True)
+        return Slot(Staging(layout, pin=True), chosen, torch.cuda.Event())
+
+
+def _sampler(plain: bool) -> str:
+    return "step.sample_greedy" if plain else "step.sample"

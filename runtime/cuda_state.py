@@ -1,0 +1,171 @@
+"""What a step reads on the device: its inputs, the sampling of its rows, and the tokens chosen, at fixed addresses.
+
+One region, `uploaded`, is written by the host in one copy whenever a batch changes; while it stays the same, the
+kernel `step.advance` moves it on by one token. The rest (block tables, sampled tokens, tokens seen) stays on the
+device and is addressed by row of the step or by *seat*, a sequence's place for as long as it runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from dscompile.runtime.driver import Driver
+from dscompile.runtime.executor import max_logit_rows
+from dscompile.runtime.plan import Plan
+
+MAX_EOS_IDS = 16
+FIELD_ALIGNMENT = 64  # words
+
+# Sampling of a row: copied from the seat of its sequence.
+SEAT_FIELDS: dict[str, Any] = {
+    "temperature": np.float32,
+    "repetition_penalty": np.float32,
+    "top_k": np.int32,
+    "top_p": np.float32,
+    "min_p": np.float32,
+    "seed": np.uint32,
+    "min_position": np.int32,
+}
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """How large the state is, as both the compiler (strides are constants of its kernels) and the runtime see it.
+
+    rows: sequences of a step; tokens: tokens of a step; blocks: columns of a block table; groups: KV groups;
+    seen_words: 32-bit words of a bitmap over the vocabulary.
+    """
+
+    rows: int
+    tokens: int
+    blocks: int
+    groups: int
+    logit_rows: int
+    seen_words: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> StateLayout:
+        return cls(
+            rows=plan.max_batch,
+            tokens=max(plan.max_step_tokens, plan.max_batch),
+            blocks=-(-plan.max_seq_len // plan.page_size),
+            groups=len(plan.kv_groups),
+            logit_rows=max_logit_rows(plan),
+            seen_words=-(-plan.vocab_size // 32),
+        )
+
+    @cached_property
+    def fields(self) -> dict[str, tuple[int, int]]:
+        """Name -> (first word, words) of every array in `uploaded`.
+
+        tokens, positions [T]; sources [T]: the seat whose sampled token a token is, -1 where `tokens` has it;
+        slots [groups, T]; seq_starts [B + 1]; context_lens [B]; logit_rows [R];
+        seats [B]: where a row's sampled token goes, -1 for a row that does not sample (and for padding);
+        sample_rows [B]: the row of logits it samples from; new_blocks [groups, B]: the block a row enters, or -1;
+        eos_ids [B, MAX_EOS_IDS], -1 where unused; and SEAT_FIELDS, each [B].
+        """
+        counts = {
+            "context_lens": self.rows,
+            "seq_starts": self.rows + 1,
+            "seats": self.rows,
+            "sample_rows": self.rows,
+            "eos_ids": self.rows * MAX_EOS_IDS,
+            **dict.fromkeys(SEAT_FIELDS, self.rows),
+            "new_blocks": self.groups * self.rows,
+            "logit_rows": self.logit_rows,
+            "tokens": self.tokens,
+            "sources": self.tokens,
+            "positions": self.tokens,
+            "slots": self.groups * self.tokens,
+        }
+        fields, first = {}, 0
+        for name, count in counts.items():
+            fields[name] = (first, count)
+            first += -(-count // FIELD_ALIGNMENT) * FIELD_ALIGNMENT
+        return fields
+
+    @property
+    def num_words(self) -> int:
+        first, count = list(self.fields.values())[-1]
+        return first + count
+
+
+class Staging:
+    """Host memory from which one step's state is copied; reused once `event` says that the copies are done."""
+
+    def __init__(self, layout: StateLayout, pin: bool) -> None:
+        self._layout, self._pin = layout, pin
+        self.words = torch.zeros(layout.num_words, dtype=torch.int32, pin_memory=pin)
+        self.tables = torch.zeros(layout.groups, layout.rows, layout.blocks, dtype=torch.int32, pin_memory=pin)
+        words = self.words.numpy()
+        self.fields = {
+            name: words[first : first + count].view(SEAT_FIELDS.get(name, np.int32))
+            for name, (first, count) in layout.fields.items()
+        }
+        self.table_array = self.tables.numpy()
+        self.event = torch.cuda.Event() if pin else None
+
+    @cached_property
+    def seen(self) -> torch.Tensor:
+        """[rows, seen_words] int32, made on first use: only requests with a repetition penalty need it."""
+        return torch.zeros(self._layout.rows, self._layout.seen_words, dtype=torch.int32, pin_memory=self._pin)
+
+
+class DeviceState:
+    """The arrays on the device and the copies that fill them.
+
+    block_tables [groups, rows, blocks]; sampled [rows] tokens by seat, then logprobs [rows] float32 by seat;
+    seen [rows, seen_words]: bit i of word w of a seat's row is set where token 32 * w + i was in prompt or output.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device, driver: Driver) -> None:
+        self.layout = layout = StateLayout.of(plan)
+        self._driver = driver
+        self.uploaded = torch.zeros(layout.num_words, dtype=torch.int32, device=device)
+        self.block_tables = torch.zeros(layout.groups, layout.rows, layout.blocks, dtype=torch.int32, device=device)
+        self.chosen = torch.zeros(2 * layout.rows, dtype=torch.int32, device=device)
+        self.seen = torch.zeros(layout.rows, layout.seen_words, dtype=torch.int32, device=device)
+
+    def address(self, name: str, group: int = 0) -> int:
+        """The device address of `step.name`; of block_table and slots, the group's part."""
+        if name == "block_table":
+            return self.block_tables.data_ptr() + 4 * group * self.layout.rows * self.layout.blocks
+        if name in ("sampled", "logprobs"):
+            return self.chosen.data_ptr() + (4 * self.layout.rows if name == "logprobs" else 0)
+        if name == "seen":
+            return self.seen.data_ptr()
+        first, _ = self.layout.fields[name]
+        return self.uploaded.data_ptr() + 4 * (first + (group * self.layout.tokens if name == "slots" else 0))
+
+    def upload(self, staging: Staging, num_rows: int, num_blocks: int, stream: int) -> None:
+        """Copy the inputs, and the first `num_blocks` columns of the first `num_rows` rows of every block table."""
+        self._driver.copy_to_device(
+            self.uploaded.data_ptr(), staging.words.data_ptr(), 4 * self.layout.num_words, stream
+        )
+        if not num_blocks:
+            return
+        pitch = 4 * self.layout.blocks
+        for group in range(self.layout.groups):
+            source = staging.tables.data_ptr() + group * self.layout.rows * pitch
+            target = self.address("block_table", group)
+            self._driver.copy_rows_to_device(target, source, pitch, 4 * num_blocks, num_rows, stream)
+
+    def upload_field(self, staging: Staging, name: str, stream: int) -> None:
+        """Copy one array of the inputs."""
+        first, count = self.layout.fields[name]
+        source = staging.words.data_ptr() + 4 * first
+        self._driver.copy_to_device(self.uploaded.data_ptr() + 4 * first, source, 4 * count, stream)
+
+    def upload_seen(self, staging: Staging, seat: int, stream: int) -> None:
+        """Copy the bitmap of one seat."""
+        offset, row = 4 * seat * self.layout.seen_words, 4 * self.layout.seen_words
+        self._driver.copy_to_device(self.seen.data_ptr() + offset, staging.seen.data_ptr() + offset, row, stream)
+
+    def download(self, target: torch.Tensor, stream: int) -> None:
+        """Copy the sampled tokens and their logprobs, [2 * rows] int32 words, to pinned memory."""
+        self._driver.copy_to_host(target.data_ptr(), self.chosen.data_ptr(), 8 * self.layout.rows, stream)

@@ -1,0 +1,166 @@
+"""The kernels of an artifact on one GPU: which cubins fit it, and launches bound to addresses and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dscompile.runtime.driver import Driver, Function, PreparedLaunch
+from dscompile.runtime.errors import UserError
+from dscompile.runtime.plan import Case, Extent, Kernel, Launch, Program
+
+SIZES = ("T", "B", "R")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of one step. T: tokens, B: sequences, R: rows of logits, blocks: row stride of the block tables."""
+
+    T: int
+    B: int
+    R: int
+    blocks: int
+
+    def rows(self, symbol: str) -> int:
+        return 1 if symbol == "1" else getattr(self, symbol)
+
+
+def choose_target(kernels: Mapping[str, Kernel], capability: tuple[int, int], shared_limit: int, name: str) -> str:
+    """Return the target ("sm_90") whose cubins a GPU runs: its major version, at most its minor, all blocks fitting.
+
+    capability: compute capability; shared_limit: bytes of shared memory a block may have; name: of the GPU.
+    Raises UserError that names what the artifact holds.
+    """
+    held = sorted({target for kernel in kernels.values() for target in kernel.cubins}, key=_target_number)
+    mine = 10 * capability[0] + capability[1]
+    for target in reversed(held):
+        number = _target_number(target)
+        if number // 10 != capability[0] or number > mine:
+            continue
+        if all(target in k.cubins and k.cubins[target].shared <= shared_limit for k in kernels.values()):
+            return target
+    holds = f"kernels for {', '.join(held)}" if held else "no GPU kernels"
+    raise UserError(f"this artifact holds {holds}, and {name} needs sm_{mine}; compile it with --target sm_{mine}")
+
+
+def _target_number(target: str) -> int:
+    return int("".join(c for c in target if c.isdigit()) or 0)
+
+
+def device_target(kernels: Mapping[str, Kernel], device: torch.device) -> str:
+    """`choose_target` for a CUDA device of torch."""
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
+    return choose_target(kernels, (properties.major, properties.minor), shared, properties.name)
+
+
+def choose_case(program: Program, count: int, decode: bool) -> Case | None:
+    """The first case that fits a count of rows, or None."""
+    for case in program.cases:
+        fits = case.min_tokens <= count and (not case.max_tokens or count <= case.max_tokens)
+        if fits and (case.decode is None or case.decode == decode):
+            return case
+    return None
+
+
+def grid_of(extents: tuple[Extent, ...], sizes: Sizes) -> tuple[int, int, int]:
+    """Programs along x, y and z."""
+    grid = [e.factor * -(-sizes.rows(e.symbol) // e.divisor) + e.plus * sizes.B for e in extents]
+    x, y, z = (*grid, 1, 1, 1)[:3]
+    return x, y, z
+
+
+@dataclass(frozen=True)
+class Bindings:
+    """What the arguments of one step's launches stand for.
+
+    address: the device address of an argument that is memory; tensor: its view over all rows (library launches).
+    """
+
+    address: Callable[[str], int]
+    tensor: Callable[[str], torch.Tensor]
+
+
+class BoundKernel:
+    """A kernel launch of one step: addresses are fixed, sizes and grid follow the step."""
+
+    def __init__(self, launch: Launch, kernel: Kernel, function: Function, driver: Driver, bindings: Bindings) -> None:
+        names = launch.args
+        self._sized = [(i, name) for i, name in enumerate(names) if name in SIZES or name == "blocks"]
+        sized = {i for i, _ in self._sized}
+        values: list[int | float] = [0 if i in sized else bindings.address(name) for i, name in enumerate(names)]
+        self._prepared = PreparedLaunch(driver, function, kernel.params, values)
+        self._extents = launch.grid
+        self._sizes: Sizes | None = None
+        self._empty = False
+
+    def launch(self, sizes: Sizes, stream: int) -> None:
+        if sizes != self._sizes:
+            self._resize(sizes)
+        if not self._empty:
+            self._prepared.launch(stream)
+
+    def _resize(self, sizes: Sizes) -> None:
+        for slot, name in self._sized:
+            self._prepared.slots[slot] = getattr(sizes, name)
+        grid = grid_of(self._extents, sizes)
+        self._prepared.set_grid(grid)
+        self._empty = 0 in grid
+        self._sizes = sizes
+
+
+class BoundLibrary:
+    """A library launch of one step: an operation of torch over the first rows of views."""
+
+    def __init__(self, launch: Launch, bindings: Bindings) -> None:
+        if launch.target not in LIBRARY:
+            raise UserError(f"the plan launches {launch.target!r}, which this runtime does not have; update dscompile")
+        self._operation = LIBRARY[launch.target]
+        self._operands = [bindings.tensor(name) for name in launch.args if name not in SIZES]
+        self._rows = next((name for name in launch.args if name in SIZES), "T")
+
+    def launch(self, sizes: Sizes, stream: int) -> None:
+        rows = sizes.rows(self._rows)
+        if rows:
+            self._operation(rows, *self._operands)
+
+
+def mm(rows: int, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """out[:rows] = x[:rows] @ weight.T with float32 accumulation.
+
+    weight [N, K]; x [rows, K] and out [rows, N] of the weight's dtype, or scratch [rows, bytes] that holds it.
+    """
+    x, out = _typed(x, weight.dtype, weight.shape[1]), _typed(out, weight.dtype, weight.shape[0])
+    torch.mm(x[:rows], weight.t(), out=out[:rows])
+
+
+def _typed(memory: torch.Tensor, dtype: torch.dtype, cols: int) -> torch.Tensor:
+    return memory.view(dtype)[:, :cols] if memory.dtype == torch.uint8 else memory
+
+
+LIBRARY: dict[str, Callable[..., Any]] = {"mm": mm}
+
+
+class KernelTable:
+    """The cubins of one target, loaded into the current context."""
+
+    def __init__(self, kernels: Mapping[str, Kernel], artifact: Path, target: str, driver: Driver) -> None:
+        self._kernels, self._driver = kernels, driver
+        self.target = target
+        self.functions = {name: self._load(kernel, artifact) for name, kernel in kernels.items()}
+
+    def _load(self, kernel: Kernel, artifact: Path) -> Function:
+        cubin = kernel.cubins[self.target]
+        image = (artifact / cubin.file).read_bytes()
+        handle = self._driver.load_function(image, cubin.symbol, cubin.shared)
+        return Function(handle, cubin.num_warps, cubin.shared, cubin.pdl, cubin.num_ctas)
+
+    def bind(self, launch: Launch, bindings: Bindings) -> BoundKernel | BoundLibrary:
+        """Bind a launch of the plan to the addresses of one step."""
+        if launch.kind == "library":
+            return BoundLibrary(launch, bindings)
+        return BoundKernel(launch, self._kernels[launch.target], self.functions[launch.target], self._driver, bindings)
