@@ -22,6 +22,7 @@ class _Model(nn.Module):
         self.function = function
 
     def forward(self, tokens, positions):
+        torch._check(tokens.shape[1] == positions.shape[1])
         return self.function(self, self.table(tokens), positions)
 
 
@@ -65,7 +66,7 @@ SEPARATE = {
     "heads": lambda m, x, p: x.view(1, -1, 2, 4).transpose(1, 2).transpose(1, 2).reshape(1, -1, D),
     "rows": lambda m, x, p: (x.view(-1, D) @ torch.ones(D, D)).view(1, -1, D),
     "merged": lambda m, x, p: x.reshape(-1, 4).softmax(-1).view(1, -1, D),
-    "batched": lambda m, x, p: torch.bmm(x.transpose(0, 1), torch.ones(1, D, D).expand(x.shape[1], D, D)).transpose(0, 1),
+    "batched": lambda m, x, p: (x.transpose(0, 1) @ torch.ones(1, D, D).expand(x.shape[1], D, D)).transpose(0, 1),
     "table": lambda m, x, p: x + m.table.weight[p % 16],
     "split": lambda m, x, p: torch.cat(x.chunk(2, -1), -1) * x[..., :1],
     "topk": lambda m, x, p: x * x.topk(2, -1).values.sum(-1, keepdim=True),
