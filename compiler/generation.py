@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +100,28 @@ def read_arguments(config: dict[str, Any], given: dict[str, Any], prompt_length:
     if copies > 1 and not sampled:
         raise UserError("num_return_sequences > 1 needs do_sample=True: greedy continuations would be the same")
     return Request(sampling, sampled, copies, pad)
+
+
+def unpad(input_ids: torch.Tensor, mask: torch.Tensor | None, pad: int | None) -> list[list[int]]:
+    """Rows without their left padding. Raises UserError for a mask with holes, or padding on the right."""
+    if input_ids.dim() != 2:
+        raise UserError(f"input_ids must have two dimensions [batch, length], got {list(input_ids.shape)}")
+    ids = input_ids.cpu()
+    if mask is not None:
+        keep = mask.cpu().bool()
+    else:
+        # Only leading pads are padding: the same id may be content further on.
+        keep = (ids != pad).int().cummax(1).values.bool() if pad is not None else torch.ones_like(ids, dtype=torch.bool)
+    if not bool((keep[:, 1:] >= keep[:, :-1]).all()):
+        raise UserError("attention_mask must be 0 only at the left: pad prompts with padding_side='left'")
+    return [row[kept].tolist() for row, kept in zip(ids, keep, strict=True)]
+
+
+def join(heads: torch.Tensor, tails: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
+    """[B, P] prompts and B lists of new tokens -> [B, P + N] int64, padded on the right."""
+    width = max(len(tail) for tail in tails)
+    rows = [list(tail) + [pad] * (width - len(tail)) for tail in tails]
+    return torch.cat([heads, torch.tensor(rows, dtype=torch.int64).reshape(len(rows), width)], 1)
 
 
 def _refuse_unsupported(values: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 import transformers
 
 from dscompile.compiler.compile import compile_model
-from dscompile.compiler.generation import read_arguments
+from dscompile.compiler.generation import join, read_arguments, unpad
 from dscompile.runtime import load
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.sampler import SamplingParams
@@ -77,14 +76,14 @@ class InferenceModel:
         given = (generation_config.to_dict() if generation_config is not None else {}) | arguments
         limit = self.engine.plan.max_seq_len
         request = read_arguments(self.generation_config.to_dict(), given, input_ids.shape[1], limit)
-        prompts = _unpad(input_ids, attention_mask, self._pad_in_prompts(given))
+        prompts = unpad(input_ids, attention_mask, self._pad_in_prompts(given))
         prompts = [prompt for prompt in prompts for _ in range(request.copies)]
         # One seed per row, from torch's generator: torch.manual_seed makes a call repeatable, as it does there.
         seeds = torch.randint(0, 1 << 62, (len(prompts),)).tolist()
         params = [SamplingParams(**request.sampling, seed=seed) for seed in seeds]
         results = self.engine.generate(prompts, params)
         heads = input_ids.cpu().long().repeat_interleave(request.copies, 0)
-        return _join(heads, [result.tokens for result in results], request.pad_id).to(input_ids.device)
+        return join(heads, [result.tokens for result in results], request.pad_id).to(input_ids.device)
 
     def _pad_in_prompts(self, given: dict[str, Any]) -> int | None:
         """The id that marks padding where no mask says so: the pad token, unless it also ends sequences."""
@@ -170,25 +169,3 @@ def _dtype_name(dtype: str | torch.dtype | None, model: Any, target: str) -> str
 
 def _tensor_parallel(value: int | dict[str, Any]) -> int:
     return int(value.get("tp_size", 1)) if isinstance(value, dict) else int(value)
-
-
-def _unpad(input_ids: torch.Tensor, mask: torch.Tensor | None, pad: int | None) -> list[list[int]]:
-    """Rows without their left padding. Raises UserError for a mask with holes, or padding on the right."""
-    if input_ids.dim() != 2:
-        raise UserError(f"input_ids must have two dimensions [batch, length], got {list(input_ids.shape)}")
-    ids = input_ids.cpu()
-    if mask is not None:
-        keep = mask.cpu().bool()
-    else:
-        # Only leading pads are padding: the same id may be content further on.
-        keep = (ids != pad).int().cummax(1).values.bool() if pad is not None else torch.ones_like(ids, dtype=torch.bool)
-    if not bool((keep[:, 1:] >= keep[:, :-1]).all()):
-        raise UserError("attention_mask must be 0 only at the left: pad prompts with padding_side='left'")
-    return [row[kept].tolist() for row, kept in zip(ids, keep, strict=True)]
-
-
-def _join(heads: torch.Tensor, tails: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
-    """[B, P] prompts and B lists of new tokens -> [B, P + N] int64, padded on the right."""
-    width = max(len(tail) for tail in tails)
-    rows = [list(tail) + [pad] * (width - len(tail)) for tail in tails]
-    return torch.cat([heads, torch.tensor(rows, dtype=torch.int64).reshape(len(rows), width)], 1)

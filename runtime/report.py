@@ -14,11 +14,11 @@ from dscompile.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Node:
-    """A node of the normalised graph that a region took in. shape: sizes, or symbols such as "T"."""
+    """A node of the normalised graph that a region took in. shape: its value's, such as "[1, T, 4096]"."""
 
     name: str
     op: str
-    shape: tuple[int | str, ...] = ()
+    shape: str = ""
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _layer_class(data: dict[str, Any]) -> LayerClass:
 
 
 def _region(data: dict[str, Any]) -> Region:
-    nodes = tuple(Node(n["name"], n["op"], tuple(n.get("shape", ()))) for n in data["nodes"])
+    nodes = tuple(Node(**n) for n in data["nodes"])
     lists = {key: tuple(data.get(key, ())) for key in ("inputs", "outputs")}
     kernels = {tokens: tuple(names) for tokens, names in data["kernels"].items()}
     return Region(**{**data, **lists, "nodes": nodes, "kernels": kernels})

@@ -177,7 +177,8 @@ def _nodes(nodes: Sequence[Node]) -> Iterable[str]:
 
 
 def _shape(node: Node) -> str:
-    return "\u2009\u00d7\u2009".join(str(size) for size in node.shape)
+    """ "[1, T, 4096]" -> "T x 4096"; the leading one is the row of all running sequences."""
+    return node.shape.replace("[1, ", "[").strip("[]").replace(", ", "\u2009\u00d7\u2009")
 
 
 def _figures(region: Region, top: int) -> str:

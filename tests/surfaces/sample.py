@@ -41,7 +41,7 @@ def full_report() -> Report:
 
 def least_report() -> Report:
     """No layer class has a kernel, nothing was verified."""
-    region = Region("embed", "embed", (Node("embed_tokens", "embedding", ("T", 8)),), step="embed")
+    region = Region("embed", "embed", (Node("embed_tokens", "embedding", "[1, T, 8]"),), step="embed")
     return Report(classes=(LayerClass(1, (), (region,)),))
 
 
@@ -54,10 +54,10 @@ def _llama_class() -> LayerClass:
                 "attn_in",
                 "norm_into_linear + pack_linears",
                 (
-                    Node("input_layernorm", "rms_norm", ("T", 4096)),
-                    Node("q_proj", "linear", ("T", 4096)),
-                    Node("k_proj", "linear", ("T", 1024)),
-                    Node("v_proj", "linear", ("T", 1024)),
+                    Node("input_layernorm", "rms_norm", "[1, T, 4096]"),
+                    Node("q_proj", "linear", "[1, T, 4096]"),
+                    Node("k_proj", "linear", "[1, T, 1024]"),
+                    Node("v_proj", "linear", "[1, T, 1024]"),
                 ),
                 _kernels("linear_qkv_4096x6144"),
                 ("h",),
@@ -70,10 +70,10 @@ def _llama_class() -> LayerClass:
                 "attention",
                 "rope_into_attention",
                 (
-                    Node("apply_rotary", "rope", ("T", 4096)),
-                    Node("apply_rotary_1", "rope", ("T", 1024)),
-                    Node("cache_append", "kv_append", ("T", 2048)),
-                    Node("attention", "attention", ("T", 4096)),
+                    Node("apply_rotary", "rope", "[1, T, 4096]"),
+                    Node("apply_rotary_1", "rope", "[1, T, 1024]"),
+                    Node("cache_append", "kv_append", "[1, T, 2048]"),
+                    Node("attention", "attention", "[1, T, 4096]"),
                 ),
                 {r: ("attention_decode",) if r == "1" else ("rope_append", "attention_paged") for r in RANGES},
                 ("q", "k", "v"),
@@ -85,7 +85,7 @@ def _llama_class() -> LayerClass:
             Region(
                 "attn_out",
                 "residual_into_linear",
-                (Node("o_proj", "linear", ("T", 4096)), Node("add", "add", ("T", 4096))),
+                (Node("o_proj", "linear", "[1, T, 4096]"), Node("add", "add", "[1, T, 4096]")),
                 _kernels("linear_residual_4096x4096"),
                 ("attn", "h"),
                 ("h1",),
@@ -97,11 +97,11 @@ def _llama_class() -> LayerClass:
                 "mlp_in",
                 "norm_into_linear + gate_up",
                 (
-                    Node("post_attention_layernorm", "rms_norm", ("T", 4096)),
-                    Node("gate_proj", "linear", ("T", 14336)),
-                    Node("up_proj", "linear", ("T", 14336)),
-                    Node("silu", "silu", ("T", 14336)),
-                    Node("mul", "mul", ("T", 14336)),
+                    Node("post_attention_layernorm", "rms_norm", "[1, T, 4096]"),
+                    Node("gate_proj", "linear", "[1, T, 14336]"),
+                    Node("up_proj", "linear", "[1, T, 14336]"),
+                    Node("silu", "silu", "[1, T, 14336]"),
+                    Node("mul", "mul", "[1, T, 14336]"),
                 ),
                 _kernels("linear_gated_4096x28672"),
                 ("h1",),
@@ -113,7 +113,7 @@ def _llama_class() -> LayerClass:
             Region(
                 "mlp_out",
                 "residual_into_linear",
-                (Node("down_proj", "linear", ("T", 4096)), Node("add_1", "add", ("T", 4096))),
+                (Node("down_proj", "linear", "[1, T, 4096]"), Node("add_1", "add", "[1, T, 4096]")),
                 _kernels("linear_residual_14336x4096"),
                 ("act", "h1"),
                 ("h2",),
@@ -131,12 +131,12 @@ def _llama_class() -> LayerClass:
 
 def _parallel_class() -> LayerClass:
     nodes = (
-        Node("ln_1", "layer_norm", ("T", 4096)),
-        Node("q_proj", "linear", ("T", 4096)),
-        Node("k_proj", "linear", ("T", 4096)),
-        Node("v_proj", "linear", ("T", 4096)),
-        Node("fc_in", "linear", ("T", 16384)),
-        Node("gelu", "gelu_tanh", ("T", 16384)),
+        Node("ln_1", "layer_norm", "[1, T, 4096]"),
+        Node("q_proj", "linear", "[1, T, 4096]"),
+        Node("k_proj", "linear", "[1, T, 4096]"),
+        Node("v_proj", "linear", "[1, T, 4096]"),
+        Node("fc_in", "linear", "[1, T, 16384]"),
+        Node("gelu", "gelu_tanh", "[1, T, 16384]"),
     )
     packed = dict(
         rule="pack_linears",
@@ -149,7 +149,11 @@ def _parallel_class() -> LayerClass:
     )
     out = dict(
         rule="concat_linears",
-        nodes=(Node("out_proj", "linear", ("T", 4096)), Node("fc_out", "linear", ("T", 4096)), Node("add", "add")),
+        nodes=(
+            Node("out_proj", "linear", "[1, T, 4096]"),
+            Node("fc_out", "linear", "[1, T, 4096]"),
+            Node("add", "add"),
+        ),
         kernels=_kernels("linear_residual_20480x4096"),
         inputs=("attn", "act", "h"),
         outputs=("h1",),
@@ -165,7 +169,7 @@ def _parallel_class() -> LayerClass:
             Region(
                 "attention",
                 "rope_into_attention",
-                (Node("rope", "rope", ("T", 4096)), Node("attention", "attention", ("T", 4096))),
+                (Node("rope", "rope", "[1, T, 4096]"), Node("attention", "attention", "[1, T, 4096]")),
                 _kernels("attention_decode"),
                 ("q", "k", "v"),
                 ("attn",),
@@ -184,13 +188,13 @@ def _outside() -> LayerClass:
         layers=(),
         regions=(
             Region(
-                "embed", "embed", (Node("embed_tokens", "embedding", ("T", 4096)),), _kernels("embed"), (), ("h",),
+                "embed", "embed", (Node("embed_tokens", "embedding", "[1, T, 4096]"),), _kernels("embed"), (), ("h",),
                 step="embed", time_us={"1": 2.1},
             ),
             Region(
                 "head",
                 "norm_into_linear",
-                (Node("norm", "rms_norm", ("R", 4096)), Node("lm_head", "linear", ("R", 128256))),
+                (Node("norm", "rms_norm", "[1, R, 4096]"), Node("lm_head", "linear", "[1, R, 128256]")),
                 _kernels("linear_head_4096x128256"), ("h2",), ("logits",), bytes_saved=16384, step="head",
                 time_us={"1": 240.0},
             ),
