@@ -15,7 +15,7 @@ VIEWS = {operator.getitem, vocabulary.columns}
 
 
 def name_regions(graph: ModelGraph, log: Log) -> None:
-    """Set meta["regions"]: embed, attn_in, attention, attn_out, mlp_in, mlp_out, head, norm; a region may have several."""
+    """Set meta["regions"]: embed, attn_in, attention, attn_out, mlp_in, mlp_out, head or norm; there may be several."""
     for node in graph.graph.nodes:
         if node.target is fused_linear:
             node.meta["regions"] = _linear_names(node)

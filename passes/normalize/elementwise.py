@@ -119,7 +119,7 @@ def canonical_arithmetic(graph: ModelGraph, log: Log) -> None:
             continue
         if any(a.meta["val"].shape != node.meta["val"].shape for a in node.args):
             continue
-        if not all(depends_on_tokens(graph, memo, a) for a in node.args):
+        if not all(a.target is vocabulary.position_embedding or depends_on_tokens(graph, memo, a) for a in node.args):
             continue
         with graph.graph.inserting_before(node):
             new = graph.graph.call_function(targets[node.target], node.args)

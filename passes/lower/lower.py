@@ -1,0 +1,256 @@
+"""Lowering: each region of the fused graph becomes a step of the plan; layers of one class share their programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx
+
+from dscompile.codegen.emit import KernelRequest
+from dscompile.codegen.memory import assign_offsets
+from dscompile.codegen.select import KernelContext, Operand, programs_for
+from dscompile.codegen.step_kernels import step_kernels
+from dscompile.passes import vocabulary
+from dscompile.passes.evaluate import depends_on_tokens
+from dscompile.passes.fuse.regions import entry_of, fused_embed, fused_linear
+from dscompile.passes.graph import ModelGraph
+from dscompile.passes.lower.fallback import fallback
+from dscompile.passes.lower.placement import Placement
+from dscompile.passes.lower.weights import WeightTable
+from dscompile.passes.recipe import Recipe
+from dscompile.runtime.errors import UserError
+from dscompile.runtime.plan import Aten, Attention, KVGroup, Linear, Plan, Program, Ref, RowNorm, Sample, Spec, Step
+
+VIEWS = {operator.getitem, vocabulary.columns}
+ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step may ask for, in tokens and sequences; page_size: tokens of a KV block."""
+
+    max_seq_len: int
+    max_batch: int
+    max_step_tokens: int = 2048
+    page_size: int = 16
+
+
+@dataclass(frozen=True)
+class RegionRecord:
+    """A step as the fusion report shows it. took: (name, op, shape) of the nodes it covers; saved: bytes per token."""
+
+    step: str
+    layer: int | None
+    names: tuple[str, ...]
+    rules: tuple[str, ...]
+    took: tuple[tuple[str, str, str], ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    saved: int
+
+
+@dataclass
+class Lowered:
+    """A plan without its kernels' cubins, the recipes of its weights, and what the report needs."""
+
+    plan: Plan
+    recipes: dict[str, Recipe]
+    requests: tuple[KernelRequest, ...]
+    regions: list[RegionRecord]
+    classes: list[tuple[int, ...]]
+    """Layers with equal steps, as tuples of layer numbers in order of first appearance."""
+    provenance: dict[str, str] = field(default_factory=dict)
+    """Kernel name -> lines that say which region and rules it was generated for."""
+
+
+def lower(graph: ModelGraph, dtype: str, targets: tuple[str, ...], limits: Limits, model: str = "") -> Lowered:
+    """Lower a fused graph. dtype: of weights and activations; targets: GPU architectures ("sm_90"), empty for the CPU.
+
+    Raises UserError for a graph with an operator that neither a region nor a fallback covers.
+    """
+    lowering = _Lowering(graph, dtype)
+    for node in graph.graph.nodes:
+        lowering.visit(node)
+    steps = tuple(lowering.steps)
+    classes = _layer_classes(steps)
+    logits = steps[-1].inputs["logits"]
+    plan = Plan(
+        vocab_size=logits.stop - logits.start,
+        max_seq_len=limits.max_seq_len,
+        max_batch=limits.max_batch,
+        max_step_tokens=limits.max_step_tokens,
+        page_size=limits.page_size,
+        steps=steps,
+        buffers=assign_offsets(steps, lowering.placement.buffers),
+        weights=lowering.weights.weights,
+        kv_groups=tuple(lowering.groups),
+    )
+    lowered = Lowered(plan, lowering.weights.recipes, (), lowering.regions, classes)
+    return _with_kernels(lowered, targets, model) if targets else lowered
+
+
+class _Lowering:
+    def __init__(self, graph: ModelGraph, dtype: str) -> None:
+        self.graph = graph
+        self.dtype = dtype
+        self.placement = Placement(graph, dtype)
+        self.weights = WeightTable(graph, dtype)
+        self.steps: list[Step] = []
+        self.regions: list[RegionRecord] = []
+        self.groups: list[KVGroup] = []
+        self._activations: dict[fx.Node, bool] = {}
+
+    def visit(self, node: fx.Node) -> None:
+        if node.op == "output":
+            self._sample(node)
+        elif node.op != "call_function" or node.target in VIEWS or not isinstance(node.meta["val"], Tensor | tuple):
+            return
+        elif node.target is fused_embed:
+            _, _, weights, spec = node.args
+            self._step(node, spec, {}, weights)
+        elif node.target is fused_linear:
+            self._linear(node)
+        elif node.target is vocabulary.attention:
+            self._attention(node)
+        elif node.target is vocabulary.norm:
+            x, weight, bias, norm = node.args
+            roles = {"norm_weight": weight, "norm_bias": bias}
+            self._step(node, RowNorm(norm), {"x": self.placement.ref(x)}, {r: w for r, w in roles.items() if w})
+        elif depends_on_tokens(self.graph, self._activations, node):
+            spec, inputs, weights = fallback(node)
+            self._step(node, spec, {role: self.placement.ref(x) for role, x in inputs.items()}, weights)
+
+    def _linear(self, node: fx.Node) -> None:
+        xs, residuals, weights, spec = node.args
+        for i, x in enumerate(xs):
+            if (node, i) in self.placement.copies:
+                copy, inputs = Aten("aten.clone.default", ("in.x",)), {"x": self.placement.ref(x)}
+                self._append(x, copy, inputs, {"y": self.placement.copies[node, i]}, {}, ("copy",))
+        inputs = {"x": self.placement.input_of(node)}
+        inputs |= {f"residual{i}": self.placement.ref(r) for i, r in enumerate(residuals)}
+        self._step(node, spec, inputs, weights)
+
+    def _attention(self, node: fx.Node) -> None:
+        q, k, v, _, weights, spec = node.args
+        shape = (spec.num_kv_heads, spec.head_dim, spec.v_head_dim, self.dtype, spec.window, spec.chunk)
+        same = [i for i, g in enumerate(self.groups) if KVGroup(g.num_layers, *shape) == g]
+        number = same[0] if same else len(self.groups)
+        if not same:
+            self.groups.append(KVGroup(0, *shape))
+        group = self.groups[number]
+        spec = dataclasses.replace(spec, group=number, index=group.num_layers)
+        self.groups[number] = dataclasses.replace(group, num_layers=group.num_layers + 1)
+        inputs = {role: self.placement.ref(x) for role, x in (("q", q), ("k", k), ("v", v))}
+        self._step(node, spec, inputs, weights)
+
+    def _sample(self, node: fx.Node) -> None:
+        (logits,) = node.args
+        if logits.target is not fused_linear or logits.args[3].rows != "R":
+            raise UserError(f"the model ends in {logits.name}, not in a linear over the vocabulary: it cannot generate")
+        self.steps.append(Step("sample", Sample(), ("sample",), inputs={"logits": self.placement.ref(logits)}))
+        self.regions.append(
+            RegionRecord("sample", None, ("sample",), ("argmax or sample(logits)",), (), (logits.name,), ("tokens",), 0)
+        )
+
+    def _step(self, node: fx.Node, spec: Spec, inputs: dict[str, Ref], weights: dict[str, fx.Node]) -> None:
+        regions = node.meta.get("regions") or ("fallback",)
+        if isinstance(spec, Linear) and len(spec.segments) > 1:
+            outputs = {f"y{u.args[1]}": self.placement.ref(u) for u in node.users}
+        else:
+            outputs = {"y0" if isinstance(spec, Linear) else "y": self.placement.ref(node)}
+        self._append(node, spec, inputs, outputs, weights, regions)
+
+    def _append(
+        self,
+        node: fx.Node,
+        spec: Spec,
+        inputs: dict[str, Ref],
+        outputs: dict[str, Ref],
+        weights: dict[str, fx.Node],
+        regions: tuple[str, ...],
+    ) -> None:
+        layer = node.meta.get("layer")
+        prefix = "" if layer is None else f"layers.{layer}."
+        name, taken = prefix + "+".join(regions), {s.name for s in self.steps}
+        name = next(n for n in (name, *(f"{name}.{i}" for i in range(1, len(taken) + 2))) if n not in taken)
+        bound = {role: self.weights.add(name, role, w) for role, w in weights.items()}
+        if isinstance(spec, Linear) and spec.norm and spec.norm.kind == "layer" and not spec.norm.weight:
+            bound["row_sum"] = self.weights.add_row_sum(name, bound["weight"])
+        self.steps.append(Step(name, spec, regions, layer, inputs, outputs, bound))
+        self.regions.append(
+            RegionRecord(
+                name,
+                layer,
+                regions,
+                tuple(node.meta.get("rules", ())),
+                tuple(node.meta.get("took") or [entry_of(node)]),
+                tuple(dict.fromkeys(r.buffer for r in inputs.values())),
+                tuple(dict.fromkeys(r.buffer for r in outputs.values())),
+                2 * ITEM_SIZE[self.dtype] * node.meta.get("saved", 0),
+            )
+        )
+
+
+def _class_key(step: Step) -> object:
+    """What steps of one class have in common: everything but the layer's number."""
+    spec = dataclasses.replace(step.spec, index=0) if isinstance(step.spec, Attention) else step.spec
+    widths = tuple((role, r.start, r.stop) for role, r in (*step.inputs.items(), *step.outputs.items()))
+    return repr(spec), step.regions, widths, tuple(step.weights)
+
+
+def _layer_classes(steps: tuple[Step, ...]) -> list[tuple[int, ...]]:
+    layers: dict[int, list[object]] = {}
+    for step in steps:
+        if step.layer is not None:
+            layers.setdefault(step.layer, []).append(_class_key(step))
+    classes: dict[tuple, list[int]] = {}
+    for layer, keys in layers.items():
+        classes.setdefault(tuple(keys), []).append(layer)
+    return [tuple(members) for members in classes.values()]
+
+
+def _with_kernels(lowered: Lowered, targets: tuple[str, ...], model: str) -> Lowered:
+    """Choose programs; steps whose specs and operands are equal share one."""
+    plan = lowered.plan
+    context = KernelContext(
+        targets, plan.page_size, plan.max_seq_len, plan.max_batch, plan.max_step_tokens, plan.kv_groups
+    )
+    programs: dict[str, Program] = {}
+    requests: dict[str, KernelRequest] = {}
+    names: dict[object, str] = {}
+    steps = []
+    rules = {r.step: " ; ".join(r.rules) for r in lowered.regions}
+    for step in plan.steps:
+        if isinstance(step.spec, Sample | Aten):
+            steps.append(step)
+            continue
+        operands = _operands(step, plan)
+        key = (_class_key(step), repr(sorted(operands.items())))
+        if key not in names:
+            names[key] = f"{'+'.join(step.regions)}.{len(names)}"
+            programs[names[key]], made = programs_for(step.spec, operands, context)
+            for request in made:
+                requests.setdefault(request.name, request)
+                line = f"{model}: region {'+'.join(step.regions)}, rules: {rules[step.name]}"
+                lowered.provenance.setdefault(request.name, line)
+        steps.append(dataclasses.replace(step, program=names[key]))
+    plan = dataclasses.replace(plan, steps=tuple(steps))
+    shared, step_requests = step_kernels(plan)
+    requests |= {r.name: r for r in step_requests}
+    plan = dataclasses.replace(plan, programs=programs | shared)
+    return dataclasses.replace(lowered, plan=plan, requests=tuple(requests.values()))
+
+
+def _operands(step: Step, plan: Plan) -> dict[str, Operand]:
+    operands = {}
+    for kind, refs in (("in", step.inputs), ("out", step.outputs)):
+        for role, ref in refs.items():
+            buffer = plan.buffers[ref.buffer]
+            aligned = ref.start * ITEM_SIZE[buffer.dtype] % 16 == 0
+            operands[f"{kind}.{role}"] = Operand(buffer.dtype, buffer.cols, (0, ref.stop - ref.start), aligned)
+    for role, name in step.weights.items():
+        weight = plan.weights[name]
+        operands[f"w.{role}"] = Operand(weight.dtype, weight.shape[-1], weight.shape)
+    return operands
