@@ -1,0 +1,161 @@
+"""Reads a checkpoint's safetensors one tensor at a time, under the names of the model's own parameters."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from dscompile.passes.recipe import Source
+from dscompile.runtime.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
+}
+_MAX_HEADER = 100 << 20
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies: bytes [start, stop) of a file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class Checkpoint:
+    """The tensors of a model's directory, by parameter name. Nothing is kept in memory between reads.
+
+    Files are read, not mapped: mapped pages would count as this process's memory until their file is closed.
+    """
+
+    def __init__(self, directory: Path, model: nn.Module) -> None:
+        """Read the headers of all shards. Raises UserError naming a file that is missing, truncated or corrupt."""
+        stored: dict[str, _Entry] = {}
+        for file in _shards(directory):
+            stored |= _read_header(file)
+        self.directory = directory
+        self._entries = _under_model_names(stored, model)
+
+    @property
+    def dtype(self) -> str | None:
+        """The dtype that most of the checkpoint's elements have, such as "float16"."""
+        elements: dict[torch.dtype, int] = {}
+        for entry in self._entries.values():
+            if entry.dtype.is_floating_point:
+                elements[entry.dtype] = elements.get(entry.dtype, 0) + math.prod(entry.shape)
+        return str(max(elements, key=elements.__getitem__)).removeprefix("torch.") if elements else None
+
+    def require(self, sources: Iterable[Source]) -> None:
+        """Raise UserError for the first tensor that is missing or has another shape than the model's."""
+        for source in sources:
+            entry = self._entries.get(source.name)
+            if entry is None:
+                raise UserError(f"{self.directory}: the checkpoint lacks the tensor {source.name!r}")
+            if entry.shape != source.shape:
+                raise UserError(
+                    f"{entry.file}: {source.name!r} is {list(entry.shape)}, but config.json makes it "
+                    f"{list(source.shape)}; the two are of different models"
+                )
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU. Raises UserError naming the file if it cannot be read."""
+        entry = self._entries[name]
+        data = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+        try:
+            with entry.file.open("rb") as file:
+                file.seek(entry.start)
+                count = file.readinto(data.numpy())  # type: ignore[attr-defined]
+        except OSError as error:
+            raise UserError(f"{entry.file}: cannot be read ({error.strerror})") from error
+        if count != data.numel():
+            raise UserError(f"{entry.file}: is truncated; download it again")
+        return data.view(entry.dtype).view(entry.shape)
+
+
+def _shards(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    if (directory / SINGLE).is_file() and not index.is_file():
+        return [directory / SINGLE]
+    if not index.is_file():
+        return sorted(directory.glob("*.safetensors"))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: is not an index of shards; download it again") from error
+    for name in names:
+        if not (directory / name).is_file():
+            raise UserError(f"{directory / name}: is missing, though {INDEX} names it; download it again")
+    return [directory / name for name in names]
+
+
+def _read_header(file: Path) -> dict[str, _Entry]:
+    """The entries of one file (https://huggingface.co/docs/safetensors: length, JSON header, data)."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 0 < length <= min(size - 8, _MAX_HEADER):
+                raise ValueError("its header does not fit it")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        return {name: _entry(file, facts, 8 + length, size) for name, facts in header.items()}
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: is truncated or corrupt ({error}); download it again") from error
+
+
+def _entry(file: Path, facts: dict, base: int, size: int) -> _Entry:
+    start, stop = facts["data_offsets"]
+    dtype = _DTYPES.get(facts["dtype"])
+    if dtype is None:
+        raise UserError(f"{file}: holds {facts['dtype']}, which dscompile does not read; give the original model")
+    shape = tuple(facts["shape"])
+    if not 0 <= start <= stop or base + stop > size:
+        raise ValueError(f"{size} bytes, but its tensors need {base + stop}")
+    if stop - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError("a tensor's shape and size disagree")
+    return _Entry(file, dtype, shape, base + start, base + stop)
+
+
+def _under_model_names(stored: dict[str, _Entry], model: nn.Module) -> dict[str, _Entry]:
+    """Rename a checkpoint's tensors as transformers does when it loads them.
+
+    transformers' renamings first, then the base model's prefix, which some checkpoints lack and others have too many
+    of. Tied weights are found under whichever of their names is stored.
+    """
+    wanted = set(model.state_dict())
+    prefix = f"{model.base_model_prefix}."
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    entries: dict[str, _Entry] = {}
+    for key, entry in stored.items():
+        name = key
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        candidates = (key, name, prefix + name, name.removeprefix(prefix))
+        entries[next((c for c in candidates if c in wanted), name)] = entry
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if source not in entries and target in entries:
+            entries[source] = entries[target]
+    return entries
