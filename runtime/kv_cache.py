@@ -128,6 +128,12 @@ class BlockTables:
                 table.append(allocator.allocate())
         return True
 
+    def room(self, tables: list[list[int]]) -> int:
+        """How many tokens a sequence's tables could be extended to hold."""
+        held = tables or [[] for _ in self.groups]
+        blocks = (len(t) + a.num_free for t, a in zip(held, self.allocators, strict=True))
+        return min(blocks, default=1 << 62) * self.page_size
+
     def free(self, tables: list[list[int]]) -> None:
         """Take back every block of a sequence and empty its tables."""
         for table, allocator in zip(tables, self.allocators, strict=False):
@@ -136,7 +142,7 @@ class BlockTables:
 
     def free_behind(self, tables: list[list[int]], position: int) -> None:
         """Take back the blocks that no query at `position` or later can see."""
-        for group, table, allocator in zip(self.groups, tables, self.allocators, strict=True):
+        for group, table, allocator in zip(self.groups, tables, self.allocators, strict=False):
             first = first_visible(group, position)
             for i in range(min(first // self.page_size, len(table)) - 1, -1, -1):
                 if table[i] == NULL_BLOCK:

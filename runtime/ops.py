@@ -21,7 +21,7 @@ from dscompile.runtime.kv_cache import KVPool
 from dscompile.runtime.ops_aten import bind_aten
 from dscompile.runtime.ops_attention import bind_attention
 from dscompile.runtime.ops_norm import bind_norm, compute_dtype
-from dscompile.runtime.plan import Attention, Aten, Embed, Linear, RowNorm, Sample, Segment, Spec
+from dscompile.runtime.plan import Aten, Attention, Embed, Linear, RowNorm, Sample, Segment, Spec
 
 Tensors = dict[str, torch.Tensor]
 Run = Callable[[StepInputs], None]

@@ -281,7 +281,7 @@ class _Attend:
             )
 
     def _product(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """q [n, M, D], k [n, S, D], v [n, S, Dv], bias [n, M, S] -> [n, M, Dv]; M runs over the heads of a group first."""
+        """q [n, M, D], k [n, S, D], v [n, S, Dv], bias [n, M, S] -> [n, M, Dv]; M: heads of a group, then rows."""
         scale, cap = self.spec.scale, self.spec.softcap
         if cap:
             scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale / cap).tanh_().mul_(cap)

@@ -18,7 +18,7 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 def bind_norm(
     norm: Norm | None, weights: dict[str, torch.Tensor], role: str, dtype: torch.dtype
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Prepare a norm over the last dimension of `dtype` tensors; the identity for None. Weights are ROLE_weight, ROLE_bias."""
+    """Prepare a norm over the last dimension of `dtype` tensors; the identity for None."""
     if norm is None:
         return lambda x: x
     weight = weights[f"{role}_weight"].to(dtype) if norm.weight else None

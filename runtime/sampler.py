@@ -97,7 +97,7 @@ def fold_seed(seed: int) -> int:
 
 
 def fmix32(h: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3's 32-bit finaliser, elementwise on int64 that hold uint32 (products wrap, their low bits are right)."""
+    """MurmurHash3's finaliser, elementwise on int64 that hold uint32 (products wrap; their low bits are right)."""
     h = ((h ^ h >> 16) * 0x85EBCA6B) & MASK
     h = ((h ^ h >> 13) * 0xC2B2AE35) & MASK
     return h ^ h >> 16

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dscompile.runtime.sampler import SamplingParams
@@ -13,6 +12,8 @@ class Sequence:
     """A request: its tokens, its sampling, its blocks.
 
     tokens:       prompt and generated tokens that the host knows.
+    seed, eos_ids: what sampling uses, `params` resolved by the engine. eos_ids is empty where they are ignored.
+    wants_logits: it ends with its prompt, and asks for the logits of every token.
     num_launched: how many tokens have their keys and values in the cache, or in a step that is in flight.
     num_in_flight: sampled tokens that are launched and not read yet.
     blocks:       per KV group, the physical block of every logical block so far; 0 (the null block) where a window
@@ -24,8 +25,7 @@ class Sequence:
     params: SamplingParams
     seed: int = 0
     eos_ids: frozenset[int] = frozenset()
-    num_logits: int = 0
-    on_token: Callable[[int], None] | None = None
+    wants_logits: bool = False
     num_prompt: int = 0
     num_launched: int = 0
     num_in_flight: int = 0

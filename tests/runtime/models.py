@@ -26,7 +26,7 @@ from dscompile.runtime.plan import (
 
 @dataclass(frozen=True)
 class Shape:
-    """What varies between the models. kind "llama": RMS norms, rotary, gated MLP. "bloom": layer norms, biases, ALiBi."""
+    """What varies. kind "llama": RMS norms, rotary, gated MLP; "bloom": layer norms, biases, ALiBi."""
 
     kind: str = "llama"
     layers: int = 2
@@ -167,10 +167,11 @@ class _Builder:
         mlp_w |= self.norm_weights(f"{name}.norm2", s.hidden)
         down, down_w = self.linear(f"{name}.down", s.hidden, s.inner, residuals=1)
         outs = {f"y{i}": p for i, p in enumerate(parts)}
+        ins = dict(zip("qkv", parts, strict=True))
         attention, attention_w = self.attention(layer)
         return [
             Step(f"{name}.qkv", qkv, ("attn_in",), layer, {"x": h}, outs, qkv_w),
-            Step(f"{name}.attention", attention, ("attention",), layer, dict(zip("qkv", parts, strict=True)), {"y": att}, attention_w),
+            Step(f"{name}.attention", attention, ("attention",), layer, ins, {"y": att}, attention_w),
             Step(f"{name}.out", out, ("attn_out",), layer, {"x": att, "residual0": h}, {"y0": h2}, out_w),
             Step(f"{name}.up", mlp, ("mlp_in",), layer, {"x": h2}, {"y0": up}, mlp_w),
             Step(f"{name}.down", down, ("mlp_out",), layer, {"x": up, "residual0": h2}, {"y0": h}, down_w),

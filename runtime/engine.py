@@ -1,0 +1,259 @@
+"""The engine: requests in, tokens out, everything through one `step()`."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import torch
+
+from dscompile.runtime.errors import UserError
+from dscompile.runtime.executor import Batch, BatchRow, Executor, Pending
+from dscompile.runtime.generate import Request, Result
+from dscompile.runtime.manifest import Manifest
+from dscompile.runtime.plan import Plan
+from dscompile.runtime.sampler import SamplingParams
+from dscompile.runtime.scheduler import Scheduler
+from dscompile.runtime.sequence import Sequence
+from dscompile.runtime.tokenizer import Tokenizer
+
+Prompt = str | Seq[int]
+
+
+class Engine:
+    """Runs requests against one artifact. Not thread-safe. Made by `load`.
+
+    Prompts are strings or sequences of token ids. Sampling is given as keywords of `SamplingParams`, or as `params`.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        tokenizer: Tokenizer | None = None,
+        eos_ids: Seq[int] = (),
+        manifest: Manifest | None = None,
+    ) -> None:
+        self.executor = executor
+        self.plan: Plan = executor.plan
+        self.device: torch.device = executor.device
+        self.tokenizer = tokenizer
+        self.manifest = manifest
+        self.eos_ids = frozenset(eos_ids)
+        self.scheduler = Scheduler(self.plan, executor.num_blocks, executor.max_logit_rows)
+        self._requests: dict[int, Request] = {}
+        self._in_flight: deque[tuple[Batch, Pending]] = deque()
+        self._next_id = 0
+
+    # ------------------------------------------------------------ whole requests
+
+    def generate(
+        self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None, **sampling: Any
+    ) -> list[Result]:
+        """Continue every prompt; results in the prompts' order. `params` may be one for all or one for each."""
+        prompts = _as_list(prompts)
+        each = list(params) if isinstance(params, list | tuple) else [params] * len(prompts)
+        if len(each) != len(prompts):
+            raise UserError(f"{len(each)} sets of sampling parameters for {len(prompts)} prompts; give one for each")
+        requests: list[Request] = []
+        try:
+            for prompt, one in zip(prompts, each, strict=True):
+                requests.append(self.add_request(prompt, one, **sampling))
+            self._run(requests)
+        finally:
+            self._cancel(requests)
+        return [request.result() for request in requests]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Any) -> Iterator[str]:
+        """Continue one prompt, text as it comes: whole characters, never a part of a stop string."""
+        if self.tokenizer is None:
+            raise UserError("this artifact has no tokenizer, so there is no text to stream; use generate()")
+        request = self.add_request(prompt, params, streaming=True, **sampling)
+        return self._stream(request)
+
+    def _stream(self, request: Request) -> Iterator[str]:
+        try:
+            while not request.done:
+                self.step()
+                if piece := request.new_text():
+                    yield piece
+        finally:
+            self._cancel([request])
+
+    def chat(self, messages: Seq[Mapping[str, Any]], params: SamplingParams | None = None, **sampling: Any) -> Result:
+        """Answer messages [{"role": "user", "content": ...}, ...] through the model's chat template (needs jinja2)."""
+        from dscompile.runtime.chat import render_chat
+
+        if self.tokenizer is None:
+            raise UserError("this artifact has no tokenizer, so it cannot chat; give generate() token ids")
+        tokens = self.tokenizer.encode(render_chat(self.tokenizer, messages), add_special_tokens=False)
+        return self.generate([tokens], params, **sampling)[0]
+
+    def logits(self, prompts: Seq[Prompt]) -> list[torch.Tensor]:
+        """Logits after every token of every prompt: [len, vocab] float32 on the CPU each."""
+        requests: list[Request] = []
+        try:
+            for prompt in _as_list(prompts):
+                requests.append(
+                    self._add(Sequence(self._id(), self._tokens(prompt), SamplingParams(), wants_logits=True))
+                )
+            self._run(requests)
+        finally:
+            self._cancel(requests)
+        return [request.logits for request in requests if request.logits is not None]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, special tokens included. Raises UserError if the artifact has no tokenizer."""
+        if self.tokenizer is None:
+            raise UserError("this artifact has no tokenizer; give token ids instead of text")
+        return self.tokenizer.encode(text)
+
+    # ------------------------------------------------------------ requests that join and leave
+
+    def add_request(
+        self, prompt: Prompt, params: SamplingParams | None = None, streaming: bool = False, **sampling: Any
+    ) -> Request:
+        """Queue a request; it joins at a following `step`. streaming: keep `Request.new_text` up to date."""
+        params = _sampling(params, sampling)
+        tokens = self._tokens(prompt)
+        if params.stop and self.tokenizer is None:
+            raise UserError("this artifact has no tokenizer, so stop strings cannot be found; leave stop out")
+        eos = self.eos_ids if params.eos_token_ids is None else frozenset(params.eos_token_ids)
+        seed = random.SystemRandom().getrandbits(63) if params.seed is None else params.seed
+        eos = frozenset() if params.ignore_eos else frozenset(t for t in eos if 0 <= t < self.plan.vocab_size)
+        return self._add(Sequence(self._id(), tokens, params, seed, eos), streaming)
+
+    def cancel(self, request: Request) -> None:
+        """Drop a request that is not done; its blocks are free at once."""
+        self._cancel([request])
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def counters(self) -> Counter[str]:
+        """steps, tokens (computed, recomputed ones included), logit_rows, preemptions."""
+        return self.executor.counters + self.scheduler.counters
+
+    def step(self) -> list[Request]:
+        """Keep the executor busy, read its oldest step; returns the requests that this finished."""
+        while len(self._in_flight) < self.executor.max_in_flight:
+            batch = self.scheduler.schedule()
+            if batch is None:
+                break
+            self._in_flight.append((batch, self.executor.launch(batch)))
+        if not self._in_flight:
+            assert not self._requests, "requests are waiting and none can run"
+            return []
+        batch, pending = self._in_flight.popleft()
+        result = pending.wait()
+        finished = []
+        for row, token, logprob, logits in zip(batch.rows, result.tokens, result.logprobs, result.logits, strict=True):
+            row.sequence.num_in_flight -= row.sample
+            request = self._requests.get(row.sequence.id)
+            if request is None:
+                continue  # it ended while this step was in flight
+            if logits is not None:
+                self._collect(request, row, logits)
+            if row.sample:
+                self._append(request, token, logprob)
+            if request.done:
+                self._remove(request)
+                finished.append(request)
+        return finished
+
+    # ------------------------------------------------------------ one row of a step
+
+    def _append(self, request: Request, token: int, logprob: float) -> None:
+        """Add a sampled token and end the request if it is over."""
+        sequence = request.sequence
+        sequence.tokens.append(token)
+        if sequence.params.logprobs:
+            sequence.logprobs.append(logprob)
+        num_new = len(sequence.tokens) - sequence.num_prompt
+        if token in sequence.eos_ids or request.read_tokens():
+            sequence.finish_reason = "stop"
+        elif num_new >= sequence.params.max_new_tokens or len(sequence.tokens) > self.plan.max_seq_len:
+            sequence.finish_reason = "length"
+        if request.done:
+            request.finish()
+
+    def _collect(self, request: Request, row: BatchRow, logits: torch.Tensor) -> None:
+        """Put a piece's logits in their place; a piece recomputed after preemption lands where it was."""
+        sequence = row.sequence
+        if request.logits is None:
+            request.logits = torch.empty(sequence.num_prompt, self.plan.vocab_size)
+        end = row.start + row.num_tokens
+        request.logits[row.start : end] = logits
+        if end == sequence.num_prompt:
+            sequence.finish_reason = "length"
+
+    # ------------------------------------------------------------ book-keeping
+
+    def _run(self, requests: Seq[Request]) -> None:
+        left = len(requests)
+        mine = set(map(id, requests))
+        while left:
+            left -= sum(id(r) in mine for r in self.step())
+
+    def _id(self) -> int:
+        self._next_id += 1
+        return self._next_id
+
+    def _add(self, sequence: Sequence, streaming: bool = False) -> Request:
+        self.scheduler.add(sequence)
+        request = Request(sequence, self.tokenizer, streaming)
+        self._requests[sequence.id] = request
+        return request
+
+    def _remove(self, request: Request) -> None:
+        del self._requests[request.sequence.id]
+        self.scheduler.remove(request.sequence)
+
+    def _cancel(self, requests: Seq[Request]) -> None:
+        for request in requests:
+            if request.sequence.id in self._requests:
+                self._remove(request)
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        """The prompt's token ids, checked."""
+        tokens = self.encode(prompt) if isinstance(prompt, str) else _ids(prompt)
+        if not tokens:
+            raise UserError("the prompt is empty; give at least one token")
+        if len(tokens) > self.plan.max_seq_len:
+            raise UserError(
+                f"the prompt has {len(tokens)} tokens, the artifact takes {self.plan.max_seq_len}; shorten it, "
+                "or compile with a larger --max-seq-len"
+            )
+        for token in tokens:
+            if not 0 <= token < self.plan.vocab_size:
+                raise UserError(f"token id {token} is out of range: the vocabulary has {self.plan.vocab_size}")
+        return tokens
+
+
+def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
+    """One prompt or several -> several."""
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _ids(prompt: Any) -> list[int]:
+    values = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+    if any(isinstance(t, bool) or not isinstance(t, int) for t in values):
+        raise UserError("a prompt is a string or a list of token ids (whole numbers)")
+    return values
+
+
+def _sampling(params: SamplingParams | None, sampling: Mapping[str, Any]) -> SamplingParams:
+    if params is not None:
+        if sampling:
+            raise UserError("give sampling either as params or as keywords, not both")
+        return params
+    unknown = sampling.keys() - SamplingParams.__dataclass_fields__.keys()
+    if unknown:
+        raise UserError(f"unknown sampling parameter {sorted(unknown)[0]!r}")
+    return SamplingParams(**{name: value for name, value in sampling.items() if value is not None})

@@ -1,0 +1,198 @@
+"""Consistency of a plan: every name resolves, every shape agrees, no file lies outside the artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dscompile.runtime.errors import UserError
+from dscompile.runtime.kv_cache import dtype_of
+from dscompile.runtime.manifest import Manifest
+from dscompile.runtime.ops_aten import resolve
+from dscompile.runtime.plan import Aten, Attention, Embed, Launch, Linear, Norm, Plan, RowNorm, Sample, Spec, Step
+
+ROWS = ("T", "R")
+STEP_PROGRAMS = "step."
+
+
+class _Bad(Exception):
+    """What is wrong, without where."""
+
+
+def check_plan(plan: Plan, manifest: Manifest | None = None) -> None:
+    """Raise UserError at the first step, buffer, program or kernel that contradicts the rest.
+
+    manifest: when given, every cubin and kernel source must be one of its files.
+    """
+    where = "limits"
+    try:
+        _check_limits(plan)
+        for name, buffer in plan.buffers.items():
+            where = name
+            _need(buffer.name == name and buffer.rows in ROWS, "has the wrong name or rows")
+            _need(buffer.cols > 0 and buffer.offset >= 0 and buffer.offset % 256 == 0, "has a bad size or offset")
+            _dtype(buffer.dtype)
+        for name, weight in plan.weights.items():
+            where = name
+            _dtype(weight.dtype)
+            _need(all(n >= 0 for n in weight.shape), "has a negative size")
+        for step in plan.steps:
+            where = step.name
+            _check_step(plan, step)
+        for name, program in plan.programs.items():
+            where = name
+            scratch = {s.name for s in program.scratch}
+            for case in program.cases:
+                for launch in case.launches:
+                    _check_launch(plan, launch, scratch)
+        for name, kernel in plan.kernels.items():
+            where = name
+            for file in [kernel.source, *(c.file for c in kernel.cubins.values())]:
+                _need(manifest is None or file in manifest.files, f"uses {file!r}, which is not in the artifact")
+    except _Bad as error:
+        raise UserError(f"plan.json: {where}: {error}; compile the model again") from error
+
+
+def _check_limits(plan: Plan) -> None:
+    for name in ("vocab_size", "max_seq_len", "max_batch", "max_step_tokens", "page_size"):
+        _need(getattr(plan, name) > 0, f"{name} must be positive")
+    _need(plan.max_step_tokens >= plan.max_batch, "max_step_tokens is less than max_batch")
+    _need(sum(isinstance(s.spec, Sample) for s in plan.steps) == 1, "there must be exactly one sample step")
+    for group in plan.kv_groups:
+        _dtype(group.dtype)
+        sizes = (group.num_layers, group.num_kv_heads, group.head_dim, group.v_head_dim)
+        _need(min(sizes) > 0, "a KV group has no size")
+
+
+def _check_step(plan: Plan, step: Step) -> None:
+    for ref in [*step.inputs.values(), *step.outputs.values()]:
+        buffer = plan.buffers.get(ref.buffer)
+        _need(buffer is not None, f"uses buffer {ref.buffer!r}, which does not exist")
+        assert buffer is not None
+        _need(0 <= ref.start < ref.stop <= buffer.cols, f"uses columns {ref.start}:{ref.stop} of {ref.buffer!r}")
+    for role, name in step.weights.items():
+        _need(name in plan.weights, f"{role} is {name!r}, a weight that does not exist")
+    _need(not step.program or step.program in plan.programs, f"uses program {step.program!r}, which does not exist")
+    inputs, outputs, weights = _signature(plan, step.spec, step)
+    _compare("input", {r: f.stop - f.start for r, f in step.inputs.items()}, inputs)
+    _compare("output", {r: f.stop - f.start for r, f in step.outputs.items()}, outputs)
+    _compare("weight", {r: plan.weights[n].shape for r, n in step.weights.items()}, weights)
+
+
+def _compare(kind: str, found: dict, wanted: dict) -> None:
+    for role in wanted.keys() - found.keys():
+        raise _Bad(f"{kind} {role!r} is missing")
+    for role, value in found.items():
+        _need(role in wanted, f"{kind} {role!r} is not one of its roles")
+        _need(wanted[role] is None or value == wanted[role], f"{kind} {role!r} is {value}, {wanted[role]} expected")
+
+
+def _signature(plan: Plan, spec: Spec, step: Step) -> tuple[dict, dict, dict]:
+    """Roles a step must bind: inputs -> columns, outputs -> columns, weights -> shape; None is any."""
+    match spec:
+        case Linear():
+            return _linear(spec)
+        case Attention():
+            return _attention(plan, spec)
+        case Embed():
+            y = step.outputs["y"].stop - step.outputs["y"].start if "y" in step.outputs else 0
+            weights: dict = {"table": (plan.vocab_size, y), **_norm(spec.norm, "norm", y)}
+            return {}, {"y": y}, weights | ({"positions_table": None} if spec.position_offset is not None else {})
+        case RowNorm():
+            width = step.outputs["y"].stop - step.outputs["y"].start if "y" in step.outputs else 0
+            inputs = {"x": width} | ({"add": width} if spec.add else {})
+            return inputs, {"y": width}, _norm(spec.norm, "norm", width)
+        case Sample():
+            return {"logits": plan.vocab_size}, {}, {}
+        case Aten():
+            _aten(spec, step)
+            return dict.fromkeys(step.inputs), {"y": None}, dict.fromkeys(step.weights)
+    raise _Bad(f"has an unknown operation {type(spec).__name__}")
+
+
+def _linear(spec: Linear) -> tuple[dict, dict, dict]:
+    k, n = spec.in_features, spec.out_features
+    position = 0
+    for segment in spec.segments:
+        _need(segment.start == position < segment.stop, "its segments do not tile its rows")
+        _need(not segment.gated or (segment.stop - segment.start) % 2 == 0, "a gated segment has an odd width")
+        position = segment.stop
+    _need(position == n, "its segments do not tile its rows")
+    _need(not spec.residuals or (len(spec.segments) == 1 and spec.rows == "T"), "residuals need one segment of rows T")
+    _need(not (spec.store and spec.rows == "R"), "rows R cannot be stored")
+    inputs = {"x": k} | ({"add": k} if spec.add else {})
+    inputs |= {f"residual{i}": spec.segments[0].width for i in range(spec.residuals)}
+    outputs = {f"y{i}": s.width for i, s in enumerate(spec.segments)} | ({"sum": k} if spec.store else {})
+    weights = {"weight": (n, k)} | ({"bias": (n,)} if spec.bias else {})
+    weights |= _norm(spec.norm, "norm", k) | _norm(spec.post_norm, "post_norm", k)
+    if spec.norm is not None and spec.norm.kind == "layer" and not spec.norm.weight:
+        weights["row_sum"] = (n,)
+    return inputs, outputs, weights
+
+
+def _attention(plan: Plan, spec: Attention) -> tuple[dict, dict, dict]:
+    _need(0 <= spec.group < len(plan.kv_groups), f"uses KV group {spec.group}, which does not exist")
+    group = plan.kv_groups[spec.group]
+    _need(0 <= spec.index < group.num_layers, f"is layer {spec.index} of a KV group of {group.num_layers}")
+    shape = (spec.num_kv_heads, spec.head_dim, spec.v_head_dim)
+    _need(shape == (group.num_kv_heads, group.head_dim, group.v_head_dim), "has another shape than its KV group")
+    _need((spec.window, spec.chunk) == (group.window, group.chunk), "has another window than its KV group")
+    _need(spec.num_heads % spec.num_kv_heads == 0, "has heads that no KV head serves")
+    _need(spec.rotary_dim % 2 == 0 and spec.rotary_dim <= spec.head_dim, "has a bad rotary_dim")
+    q, k = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    across = spec.norm_across_heads
+    weights = _norm(spec.q_norm, "q_norm", q if across else spec.head_dim)
+    weights |= _norm(spec.k_norm, "k_norm", k if across else spec.head_dim)
+    if spec.rotary_dim:
+        weights |= dict.fromkeys(("rope_cos", "rope_sin"), (plan.max_seq_len, spec.rotary_dim // 2))
+    weights |= {"alibi_slopes": (spec.num_heads,)} if spec.alibi else {}
+    weights |= {"sinks": (spec.num_heads,)} if spec.sinks else {}
+    outputs = {"y": spec.num_heads * spec.v_head_dim}
+    return {"q": q, "k": k, "v": spec.num_kv_heads * spec.v_head_dim}, outputs, weights
+
+
+def _aten(spec: Aten, step: Step) -> None:
+    try:
+        resolve(spec.target)
+    except UserError as error:
+        raise _Bad(str(error)) from error
+    for name in _strings([spec.args, spec.kwargs]):
+        if name.startswith("in."):
+            _need(name.removeprefix("in.") in step.inputs, f"reads {name!r}, which is not bound")
+        if name.startswith("w."):
+            _need(name.removeprefix("w.") in step.weights, f"reads {name!r}, which is not bound")
+
+
+def _norm(norm: Norm | None, role: str, width: int) -> dict:
+    if norm is None:
+        return {}
+    return {f"{role}_{part}": (width,) for part in ("weight", "bias") if getattr(norm, part)}
+
+
+def _check_launch(plan: Plan, launch: Launch, scratch: set[str]) -> None:
+    if launch.kind == "kernel":
+        _need(launch.target in plan.kernels, f"launches {launch.target!r}, which does not exist")
+    for arg in launch.args:
+        if arg.startswith("scratch."):
+            _need(arg.removeprefix("scratch.") in scratch, f"uses {arg!r}, which it does not reserve")
+
+
+def _strings(value) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _strings(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def _dtype(name: str) -> None:
+    try:
+        _need(bool(dtype_of(name).itemsize), f"has dtype {name!r}")
+    except AttributeError as error:
+        raise _Bad(f"has dtype {name!r}, which does not exist") from error
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise _Bad(message)

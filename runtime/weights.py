@@ -1,0 +1,153 @@
+"""Weights: read by name from the artifact's shards onto a device, or made there from a seed."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dscompile.runtime.errors import UserError
+from dscompile.runtime.kv_cache import dtype_of
+from dscompile.runtime.manifest import Manifest
+from dscompile.runtime.plan import Plan, Weight
+
+SAFETENSORS_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+ROW_SUM = "row_sum:"
+NORMAL = "normal:"
+
+
+def shards(manifest: Manifest, rank: int = 0) -> list[str]:
+    """Paths inside the artifact of the files that hold a rank's weights, in order."""
+    return sorted(name for name in manifest.files if name.startswith(f"weights/rank{rank}-"))
+
+
+def weight_bytes(plan: Plan) -> int:
+    """Bytes of all weights on the device."""
+    return sum(_numel(w.shape) * dtype_of(w.dtype).itemsize for w in plan.weights.values())
+
+
+def load_weights(
+    artifact: str | Path, manifest: Manifest, plan: Plan, device: torch.device | str, rank: int = 0
+) -> dict[str, torch.Tensor]:
+    """Read or make every weight of the plan: name -> tensor of the plan's shape and dtype on the device."""
+    device = torch.device(device)
+    loaded: dict[str, torch.Tensor] = {}
+    for name in shards(manifest, rank):
+        path = Path(artifact) / name
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    tensor = file.get_tensor(key)
+                    # On the CPU this is a view of the mapped file, which may change or go away under us.
+                    loaded[key] = tensor.clone() if device.type == "cpu" else tensor
+        except SafetensorError as error:
+            raise UserError(f"{path}: cannot be read ({error}); copy the artifact again") from error
+    made = [name for name in plan.weights if name not in loaded]
+    for name in sorted(made, key=lambda n: plan.weights[n].init.startswith(ROW_SUM)):
+        loaded[name] = make_weight(name, plan.weights[name], manifest.seed, device, loaded)
+    return {name: loaded[name] for name in plan.weights}
+
+
+def make_weight(
+    name: str, weight: Weight, seed: int, device: torch.device, others: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """Make a weight by its `init`; the same for one seed and name on one type of device, whatever the order."""
+    dtype = dtype_of(weight.dtype)
+    if weight.init == "ones":
+        return torch.ones(weight.shape, dtype=dtype, device=device)
+    if weight.init == "zeros":
+        return torch.zeros(weight.shape, dtype=dtype, device=device)
+    if weight.init.startswith(ROW_SUM):
+        return others[weight.init.removeprefix(ROW_SUM)].sum(-1, dtype=torch.float32).to(dtype)
+    generator = torch.Generator(device).manual_seed(seed << 32 | zlib.crc32(name.encode()))
+    std = float(weight.init.removeprefix(NORMAL))
+    return torch.empty(weight.shape, dtype=dtype, device=device).normal_(0.0, std, generator=generator)
+
+
+# ---------------------------------------------------------------- check
+
+
+def check_shards(root: Path, manifest: Manifest, plan: Plan) -> None:
+    """Compare the shards' headers with the plan, reading no data. Raises UserError naming file and weight."""
+    for rank in range(manifest.num_ranks):
+        found: dict[str, str] = {}
+        for name in shards(manifest, rank):
+            for key, (dtype, shape) in read_header(root / name).items():
+                weight = plan.weights.get(key)
+                if weight is None:
+                    raise UserError(
+                        f"{root}: {name} holds {key!r}, which the plan does not use; copy the artifact again"
+                    )
+                if key in found:
+                    raise UserError(f"{root}: {key!r} is in both {found[key]} and {name}; compile the model again")
+                if (dtype, shape) != (SAFETENSORS_DTYPES.get(weight.dtype), weight.shape):
+                    wanted = f"{weight.dtype} {list(weight.shape)}"
+                    raise UserError(f"{root}: {key!r} in {name} is {dtype} {list(shape)}, the plan says {wanted}")
+                found[key] = name
+        for key, weight in plan.weights.items():
+            if key not in found and not _can_be_made(weight, manifest, plan):
+                raise UserError(f"{root}: no file holds the weight {key!r}; copy the artifact again")
+
+
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype and shape of every tensor in a safetensors file. Raises UserError if header or size are wrong."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(size - 8, 100 << 20):
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if 8 + length + end != size:
+            raise ValueError(f"{size} bytes, its header says {8 + length + end}")
+        return {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); copy the artifact again") from error
+
+
+def _can_be_made(weight: Weight, manifest: Manifest, plan: Plan) -> bool:
+    if weight.init.startswith(ROW_SUM):
+        return weight.init.removeprefix(ROW_SUM) in plan.weights
+    return manifest.weights == "dummy" and _INITS.get(weight.init.partition(":")[0], _never)(weight.init)
+
+
+def _is_normal(init: str) -> bool:
+    try:
+        return float(init.removeprefix(NORMAL)) >= 0
+    except ValueError:
+        return False
+
+
+def _never(init: str) -> bool:
+    return False
+
+
+def _always(init: str) -> bool:
+    return True
+
+
+_INITS: dict[str, Callable[[str], bool]] = {"ones": _always, "zeros": _always, "normal": _is_normal}
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
