@@ -38,7 +38,7 @@ def generate(args: argparse.Namespace) -> int:
     engine = _load(args)
     if args.chat:
         results = [engine.chat([{"role": "user", "content": text}], **sampling) for text in prompts]
-    elif len(prompts) == 1 and not args.json and (args.stream or sys.stdout.isatty()):
+    elif _streams(args, engine):
         return _stream(engine, prompts[0], sampling)
     else:
         results = engine.generate(prompts, **sampling)
@@ -93,6 +93,13 @@ def bench(args: argparse.Namespace) -> int:
 
 def _load(args: argparse.Namespace) -> Any:
     return load(args.artifact, device=args.device, max_kv_tokens=args.max_kv_tokens)
+
+
+def _streams(args: argparse.Namespace, engine: Any) -> bool:
+    """Whether to print as it is generated: one prompt, a person (or --stream) at the other end, text to print."""
+    if args.json or len(args.prompt or args.tokens) > 1 or not engine.tokenizer:
+        return False
+    return args.stream or sys.stdout.isatty()
 
 
 def _stream(engine: Any, prompt: str | list[int], sampling: dict[str, Any]) -> int:

@@ -64,6 +64,15 @@ def info(args: argparse.Namespace) -> int:
         return 0
     table = Table(box=None, show_header=False, padding=(0, 3, 0, 0), pad_edge=False)
     for key, value in {**facts, "size": format_bytes(size)}.items():
-        table.add_row(f"[dim]{key.replace('_', ' ')}[/dim]", str(value))
+        table.add_row(f"[dim]{key.replace('_', ' ')}[/dim]", _shown(value))
     Console().print(table)
     return 0
+
+
+def _shown(value: object) -> str:
+    """A fact as a person writes it: no brackets, no quotes."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -222,27 +222,26 @@ def _codes(names: Iterable[str]) -> str:
 
 
 def _launch_table(report: Report) -> str:
-    """Launches and time by token count, for every step of every class."""
-    ranges = list(dict.fromkeys(t for c in report.classes for r in c.regions for t in r.kernels))
+    """Launches by token count and measured time, for every step of every class."""
     times = list(dict.fromkeys(t for c in report.classes for r in c.regions for t in r.time_us))
-    if not ranges:
+    if not any(r.kernels for c in report.classes for r in c.regions):
         return '<p class="quiet">No kernels were generated for this target: the runtime executes every step itself.</p>'
-    head = "".join(f"<th>T = {escape(t)}</th>" for t in ranges) + "".join(
-        f"<th>\u00b5s, T = {escape(t)}</th>" for t in times
-    )
+    head = "".join(f"<th>\u00b5s, T = {escape(t)}</th>" for t in times)
     rows = []
     for layer_class in report.classes:
-        title = class_title(layer_class)
-        span = 1 + len(ranges) + len(times)
-        rows.append(f'<tr class="group"><th colspan="{span}">{escape(title)}</th></tr>')
+        rows.append(f'<tr class="group"><th colspan="{2 + len(times)}">{escape(class_title(layer_class))}</th></tr>')
         for names, region in layer_class.steps():
-            cells = "".join(f"<td>{len(region.kernels.get(t, ())) or DASH}</td>" for t in ranges)
-            cells += "".join(f"<td>{_time(region, t)}</td>" for t in times)
+            counts = ", ".join(f"{n} <small>{_when(tokens)}</small>" for tokens, n in launches_by_range(region))
+            cells = f"<td>{counts or DASH}</td>" + "".join(f"<td>{_time(region, t)}</td>" for t in times)
             rows.append(f"<tr><th><code>{escape(' + '.join(names))}</code></th>{cells}</tr>")
     return (
-        f'<div class="scroll"><table><thead><tr><th>launches</th>{head}</tr></thead>'
+        f'<div class="scroll"><table class="launches"><thead><tr><th>step</th><th>launches</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _when(tokens: str) -> str:
+    return f"at T = {escape(tokens)}" if tokens[:1].isdigit() else f"in {escape(tokens)}"
 
 
 def _time(region: Region, tokens: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
@@ -54,9 +55,14 @@ def ops_taken(region: Region) -> list[tuple[str, int]]:
 
 def launches_by_range(region: Region) -> list[tuple[str, int]]:
     """Token ranges with the number of launches in each, neighbours with equal numbers merged: [("1", 1), ("2+", 2)]."""
-    counts = [(tokens, len(names)) for tokens, names in region.kernels.items()]
-    runs = [list(run) for _, run in groupby(counts, key=lambda pair: pair[1])]
-    return [(_span(run[0][0], run[-1][0]), run[0][1]) for run in runs]
+    merged: list[tuple[str, int]] = []
+    for tokens, names in region.kernels.items():
+        span = _span(merged[-1][0], tokens) if merged and merged[-1][1] == len(names) else None
+        if span:
+            merged[-1] = (span, len(names))
+        else:
+            merged.append((tokens, len(names)))
+    return merged
 
 
 def summary_lines(report: Report) -> list[str]:
@@ -134,12 +140,13 @@ def _launches(region: Region) -> str:
     return "  ".join(f"{tokens}: {n}" for tokens, n in counts)
 
 
-def _span(first: str, last: str) -> str:
-    """("2-4", "65+") -> "2+"; ("1", "1") -> "1"."""
-    if first == last:
-        return first
-    low = first.split("-")[0]
-    return f"{low}+" if last.endswith("+") else f"{low}-{last.split('-')[-1]}"
+def _span(first: str, last: str) -> str | None:
+    """("2-4", "5+") -> "2+"; None for ranges that are not of numbers, such as "prefill"."""
+    parts = [re.fullmatch(r"(\d+)(?:-(\d+)|(\+))?", tokens) for tokens in (first, last)]
+    if not (parts[0] and parts[1]):
+        return None
+    low, high = parts[0][1], parts[1][2] or parts[1][1]
+    return f"{low}+" if parts[1][3] else f"{low}-{high}"
 
 
 def _time(region: Region) -> str:

@@ -1,0 +1,65 @@
+"""Names for a report's reader: an activation is called by what it is, not by its graph node."""
+
+from __future__ import annotations
+
+import re
+
+from dscompile.runtime.plan import Attention, Embed, Linear, Plan, Ref, RowNorm, Sample, Step
+
+Written = tuple[int, int, str]
+
+
+def activation_names(plan: Plan, layer: int | None) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Step name -> names of the activations it reads and writes, for the steps of a layer (None: outside the layers).
+
+    q, k, v, context, act, hidden, logits; what a layer writes again gets a number, so that names differ within it.
+    """
+    attends = _read_by_attention(plan)
+    written: dict[str, list[Written]] = {}
+    counts: dict[str, int] = {}
+    names: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+    for step in plan.steps:
+        inside = step.layer == layer
+        reads = [name for ref in step.inputs.values() for name in _readable(written, ref)]
+        writes = []
+        for role, ref in step.outputs.items():
+            name = _base_name(step, role, ref, attends)
+            if inside and layer is not None:
+                counts[name] = counts.get(name, 0) + 1
+                name = f"{name} {counts[name]}" if name == "hidden" or counts[name] > 1 else name
+            written.setdefault(ref.buffer, []).append((ref.start, ref.stop, name))
+            writes.append(name)
+        if isinstance(step.spec, Sample):
+            writes.append("tokens")
+        names[step.name] = tuple(dict.fromkeys(reads)), tuple(dict.fromkeys(writes))
+    return names
+
+
+def _readable(written: dict[str, list[Written]], ref: Ref) -> list[str]:
+    """Names of what was written last to the columns that a reference covers."""
+    return [name for start, stop, name in written.get(ref.buffer, ()) if start < ref.stop and ref.start < stop]
+
+
+def _base_name(step: Step, role: str, ref: Ref, attends: dict[tuple[str, int], str]) -> str:
+    if isinstance(step.spec, Attention):
+        return "context"
+    if isinstance(step.spec, RowNorm):
+        return "normed"
+    if isinstance(step.spec, Embed) or role == "sum":
+        return "hidden"
+    if (ref.buffer, ref.start) in attends:
+        return attends[ref.buffer, ref.start]
+    if isinstance(step.spec, Linear):
+        if step.spec.rows == "R":
+            return "logits"
+        if {"attn_out", "mlp_out"} & set(step.regions):
+            return "hidden"
+        if "mlp_in" in step.regions:
+            return "act"
+    return re.sub(r"_\d+$", "", ref.buffer)
+
+
+def _read_by_attention(plan: Plan) -> dict[tuple[str, int], str]:
+    """(buffer, first column) -> q, k or v."""
+    steps = [step for step in plan.steps if isinstance(step.spec, Attention)]
+    return {(ref.buffer, ref.start): role for step in steps for role, ref in step.inputs.items()}
