@@ -126,7 +126,6 @@ def stage_ragged(staging: Staging, batch: Batch, seats: np.ndarray, mirror: Seat
     logits = np.cumsum([0, *(row.num_logits for row in batch.rows)])
     num_rows, num_tokens, num_logits = len(batch.rows), int(starts[-1]), int(logits[-1])
     fields["seq_starts"][: num_rows + 1] = starts
-    slots = fields["slots"].reshape(mirror.tables.shape[0], -1)
     for i, ((first, stop), row) in enumerate(zip(pairwise(starts), batch.rows, strict=True)):
         positions = np.arange(row.start, row.start + row.num_tokens)
         fields["positions"][first:stop] = positions
@@ -134,7 +133,7 @@ def stage_ragged(staging: Staging, batch: Batch, seats: np.ndarray, mirror: Seat
         fields["tokens"][first:stop] = 0 if row.tokens is None else row.tokens
         fields["sources"][first:stop] = seats[i] if row.tokens is None else -1
         blocks = mirror.tables[:, seats[i], positions // page_size]
-        slots[:, first:stop] = blocks * page_size + positions % page_size
+        fields["slots"][:, first:stop] = blocks * page_size + positions % page_size
         fields["logit_rows"][logits[i] : logits[i + 1]] = np.arange(stop - row.num_logits, stop)
         fields["seats"][i] = seats[i] if row.sample else -1
         fields["sample_rows"][i] = max(logits[i + 1] - 1, 0)
@@ -147,7 +146,7 @@ def stage_new_blocks(staging: Staging, batch: Batch, seats: np.ndarray, mirror: 
     crossing = [i for i, row in enumerate(batch.rows) if row.start % page_size == 0]
     if not crossing or not mirror.tables.shape[0]:
         return False
-    new_blocks = staging.fields["new_blocks"].reshape(mirror.tables.shape[:2])
+    new_blocks = staging.fields["new_blocks"]
     new_blocks[:] = -1
     for i in crossing:
         row = batch.rows[i]
@@ -169,5 +168,5 @@ def _stage_seats(staging: Staging, seats: np.ndarray, mirror: Seats) -> None:
     count, width = len(seats), mirror.num_blocks(seats)
     for name, values in mirror.sampling.items():
         staging.fields[name][:count] = values[seats]
-    staging.fields["eos_ids"].reshape(-1, MAX_EOS_IDS)[:count] = mirror.eos_ids[seats]
+    staging.fields["eos_ids"][:count] = mirror.eos_ids[seats]
     staging.table_array[:, :count, :width] = mirror.tables[:, seats, :width]

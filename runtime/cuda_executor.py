@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from dscompile.runtime import kernels
 from dscompile.runtime.cuda_batch import (
     Seats,
     continues,
@@ -19,10 +20,10 @@ from dscompile.runtime.cuda_batch import (
     stage_ragged,
     stage_seen,
 )
+from dscompile.runtime.cuda_device import CudaDevice
 from dscompile.runtime.cuda_memory import Arena, ScratchMemory
 from dscompile.runtime.cuda_program import BoundPlan
 from dscompile.runtime.cuda_state import DeviceState, Staging
-from dscompile.runtime.driver import Driver
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.executor import Batch, StepResult, max_logit_rows
 from dscompile.runtime.kernels import KernelTable, Sizes
@@ -46,7 +47,7 @@ class Slot:
 
     staging: Staging
     chosen: torch.Tensor
-    event: torch.cuda.Event
+    event: Any
 
 
 @dataclass
@@ -93,56 +94,47 @@ class CudaExecutor:
         plan: Plan,
         weights: dict[str, torch.Tensor],
         artifact_dir: Path,
-        device: torch.device | str = "cuda",
+        device: torch.device | str | CudaDevice = "cuda",
         max_kv_tokens: int | None = None,
     ) -> None:
-        self.plan = plan
-        self.device = torch.device("cuda", torch.device(device).index or 0)
+        self._gpu = gpu = device if not isinstance(device, str | torch.device) else CudaDevice(device)
+        self.plan, self.device = plan, gpu.device
         self.counters: Counter[str] = Counter()
         self.max_logit_rows = max_logit_rows(plan)
-        torch.cuda.set_device(self.device)
-        target = kernels.device_target(plan.kernels, self.device)
-        self._stream = torch.cuda.Stream(self.device)
-        self._driver = Driver()
-        self._table = KernelTable(plan.kernels, Path(artifact_dir), target, self._driver)
-        self._allocate(max_kv_tokens)
-        self._bound = BoundPlan(plan, weights, self._table, self._arenas, self._scratch, self._state, self._pools)
+        with gpu.active():
+            table = KernelTable(plan.kernels, Path(artifact_dir), gpu.target(plan.kernels), gpu.driver)
+            self._allocate(max_kv_tokens)
+        self._bound = BoundPlan(plan, weights, table, self._arenas, self._scratch, self._state, self._pools)
         self._seats = Seats(plan)
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, bool], Callable[[], None]] = {}
         self._graph_sizes = graph_sizes(plan.max_batch)
-        self._graph_pool = torch.cuda.graph_pool_handle()
         self._last: tuple[Batch, np.ndarray] | None = None
         self._slots = [self._make_slot() for _ in range(self.max_in_flight + 1)]
         self._sampling = next((s for s in plan.steps if isinstance(s.spec, Sample)), None)
-        torch.cuda.synchronize(self.device)
+        gpu.synchronize()
 
     @property
     def num_blocks(self) -> list[int]:
         return [pool.num_blocks for pool in self._pools]
 
     def launch(self, batch: Batch) -> CudaPending:
-        """Start a step on the executor's stream; waits only for a slot that is still being copied from."""
-        torch.cuda.set_device(self.device)
+        """Start a step; waits only for a slot that is still in use, which is two steps back."""
         slot = self._slots[self.counters["steps"] % len(self._slots)]
         slot.event.synchronize()
-        with torch.cuda.stream(self._stream):
+        with self._gpu.active():
             seats = self._decode(batch, slot) if is_decode(batch) else self._ragged(batch, slot)
             logits = self._copy_logits(batch)
-            self._state.download(slot.chosen, self._stream.cuda_stream)
-            slot.event.record(self._stream)
+            self._state.download(slot.chosen, self._gpu.stream)
+            self._gpu.record(slot.event)
         self.counters["steps"] += 1
         self.counters["tokens"] += sum(row.num_tokens for row in batch.rows)
         self.counters["logit_rows"] += sum(row.num_logits for row in batch.rows)
         return CudaPending(batch, seats, slot, logits)
 
-    def synchronize(self) -> None:
-        """Wait for everything launched so far."""
-        self._stream.synchronize()
-
     def _decode(self, batch: Batch, slot: Slot) -> np.ndarray:
         size = next(s for s in self._graph_sizes if s >= len(batch.rows))
         graph = self._graph(size, all(row.sequence.params.plain for row in batch.rows), slot)
-        stream = self._stream.cuda_stream
+        stream = self._gpu.stream
         if self._last is not None and continues(batch, self._last[0]):
             seats = self._last[1]
             if stage_new_blocks(slot.staging, batch, seats, self._seats, self.plan.page_size):
@@ -151,7 +143,7 @@ class CudaExecutor:
             seats = self._seats.seat(batch.rows)
             stage_decode(slot.staging, batch, size, seats, self._seats)
             self._upload(batch, seats, slot)
-        graph.replay()
+        graph()
         self._last = (batch, seats)
         return seats
 
@@ -163,7 +155,7 @@ class CudaExecutor:
         sizes = Sizes(num_tokens, len(batch.rows), num_logits, self._state.layout.blocks)
         sampled = [row for row in batch.rows if row.sample]
         decode = all(row.num_tokens == 1 for row in batch.rows)
-        stream = self._stream.cuda_stream
+        stream = self._gpu.stream
         if any(row.tokens is None for row in batch.rows):
             self._bound.eager("step.gather").launch(sizes, decode, stream)
         self._bound.eager().launch(sizes, decode, stream)
@@ -172,33 +164,31 @@ class CudaExecutor:
         return seats
 
     def _upload(self, batch: Batch, seats: np.ndarray, slot: Slot) -> None:
-        stream = self._stream.cuda_stream
+        stream = self._gpu.stream
         self._state.upload(slot.staging, len(seats), self._seats.num_blocks(seats), stream)
         for row, seat in zip(batch.rows, seats, strict=True):
             if row.sample and row.tokens is not None and row.sequence.params.repetition_penalty != 1:
                 stage_seen(slot.staging, row, seat)
                 self._state.upload_seen(slot.staging, int(seat), stream)
 
-    def _graph(self, size: int, plain: bool, slot: Slot) -> torch.cuda.CUDAGraph:
-        """The captured decode step of `size` rows. Capturing runs it once on padding alone, which leaves no trace in
-        the cache or the sampled tokens, so that libraries have set themselves up before the capture."""
+    def _graph(self, size: int, plain: bool, slot: Slot) -> Callable[[], None]:
+        """The captured decode step of `size` rows. It is run once on padding alone before it is captured, which leaves
+        no trace in the cache or the sampled tokens, so that libraries have set themselves up."""
         if (size, plain) not in self._graphs:
             self._last = None
             stage_decode(slot.staging, Batch(()), size, np.zeros(0, np.int32), self._seats)
-            self._state.upload(slot.staging, 0, 0, self._stream.cuda_stream)
-            self._stream.synchronize()
-            bound = [self._bound.sized(size, name) for name in ("step.advance", None, _sampler(plain))]
+            self._state.upload(slot.staging, 0, 0, self._gpu.stream)
+            self._gpu.synchronize()
+            parts = [self._bound.sized(size, name) for name in ("step.advance", None, _sampler(plain))]
             sizes = Sizes(size, size, size, self._state.layout.blocks)
-            graph = torch.cuda.CUDAGraph()
-            for part in bound:
-                part.launch(sizes, True, self._stream.cuda_stream)
-            graph.capture_begin(self._graph_pool, capture_error_mode="thread_local")
-            try:
-                for part in bound:
-                    part.launch(sizes, True, self._stream.cuda_stream)
-            finally:
-                graph.capture_end()
-            self._graphs[size, plain] = graph
+
+            def run() -> None:
+                for part in parts:
+                    part.launch(sizes, True, self._gpu.stream)
+
+            run()
+            self._graphs[size, plain] = self._gpu.capture(run)
+            self.counters["graphs"] += 1
         return self._graphs[size, plain]
 
     def _copy_logits(self, batch: Batch) -> list[torch.Tensor | None]:
@@ -212,8 +202,7 @@ class CudaExecutor:
             part = view[first : first + row.num_logits]
             first += row.num_logits
             if row.return_logits:
-                copy = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
-                copies.append(copy.copy_(part, non_blocking=True))
+                copies.append(self._gpu.pinned(*part.shape, dtype=part.dtype).copy_(part, non_blocking=True))
             else:
                 copies.append(None)
         return copies
@@ -222,9 +211,8 @@ class CudaExecutor:
         plan = self.plan
         self._arenas = {symbol: Arena(plan, symbol, self.device) for symbol in ("T", "R")}
         self._scratch = ScratchMemory(plan, self.device)
-        torch.cuda.empty_cache()
         needed = sum(a.num_bytes for a in self._arenas.values()) + sum(self._scratch.num_bytes.values())
-        free = torch.cuda.mem_get_info(self.device)[0]
+        free = self._gpu.free_bytes()
         if needed + RESERVED_BYTES > free:
             raise UserError(
                 f"not enough GPU memory for activations: {(needed + RESERVED_BYTES) / 2**30:.2f} GiB needed, "
@@ -232,16 +220,14 @@ class CudaExecutor:
             )
         for part in (*self._arenas.values(), self._scratch):
             part.allocate()
-        self._state = DeviceState(plan, self.device, self._driver)
-        free = torch.cuda.mem_get_info(self.device)[0] - RESERVED_BYTES
-        blocks = size_pools(plan, free, max_kv_tokens)
+        self._state = DeviceState(plan, self.device, self._gpu.driver)
+        blocks = size_pools(plan, self._gpu.free_bytes() - RESERVED_BYTES, max_kv_tokens)
         pairs = zip(plan.kv_groups, blocks, strict=True)
         self._pools = [KVPool(group, plan.page_size, n, self.device) for group, n in pairs]
 
     def _make_slot(self) -> Slot:
         layout = self._state.layout
-        chosen = torch.zeros(2 * layout.rows, dtype=torch.int32, pin_memory=True)
-        return Slot(Staging(layout, pin=True), chosen, torch.cuda.Event())
+        return Slot(Staging(layout, self._gpu.pinned), self._gpu.pinned(2 * layout.rows), self._gpu.event())
 
 
 def _sampler(plain: bool) -> str:

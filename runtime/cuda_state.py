@@ -7,6 +7,7 @@ device and is addressed by row of the step or by *seat*, a sequence's place for 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -96,24 +97,26 @@ class StateLayout:
 
 
 class Staging:
-    """Host memory from which one step's state is copied; reused once `event` says that the copies are done."""
+    """Host memory from which one step's state is copied."""
 
-    def __init__(self, layout: StateLayout, pin: bool) -> None:
-        self._layout, self._pin = layout, pin
-        self.words = torch.zeros(layout.num_words, dtype=torch.int32, pin_memory=pin)
-        self.tables = torch.zeros(layout.groups, layout.rows, layout.blocks, dtype=torch.int32, pin_memory=pin)
+    def __init__(self, layout: StateLayout, pinned: Callable[..., torch.Tensor]) -> None:
+        self._layout, self._pinned = layout, pinned
+        self.words = pinned(layout.num_words)
+        self.tables = pinned(layout.groups, layout.rows, layout.blocks)
         words = self.words.numpy()
         self.fields = {
             name: words[first : first + count].view(SEAT_FIELDS.get(name, np.int32))
             for name, (first, count) in layout.fields.items()
         }
+        self.fields["slots"] = self.fields["slots"].reshape(layout.groups, layout.tokens)
+        self.fields["new_blocks"] = self.fields["new_blocks"].reshape(layout.groups, layout.rows)
+        self.fields["eos_ids"] = self.fields["eos_ids"].reshape(layout.rows, MAX_EOS_IDS)
         self.table_array = self.tables.numpy()
-        self.event = torch.cuda.Event() if pin else None
 
     @cached_property
     def seen(self) -> torch.Tensor:
         """[rows, seen_words] int32, made on first use: only requests with a repetition penalty need it."""
-        return torch.zeros(self._layout.rows, self._layout.seen_words, dtype=torch.int32, pin_memory=self._pin)
+        return self._pinned(self._layout.rows, self._layout.seen_words)
 
 
 class DeviceState:
