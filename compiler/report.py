@@ -9,7 +9,7 @@ from dscompile.compiler.report_names import activation_names
 from dscompile.passes.lower.lower import Lowered, RegionRecord
 from dscompile.passes.runner import PassRecord
 from dscompile.runtime.errors import UserError
-from dscompile.runtime.plan import Aten, Plan, Program, Step
+from dscompile.runtime.plan import Aten, Plan, Program, Sample, Step
 from dscompile.runtime.report import (
     Fallback,
     LayerClass,
@@ -19,6 +19,8 @@ from dscompile.runtime.report import (
     Report,
     Verification,
 )
+
+GREEDY = "step.sample_greedy"
 
 
 def collect_report(
@@ -77,11 +79,11 @@ def _regions(
 ) -> Iterable[Region]:
     """One record for each name that a region is listed under."""
     inputs, outputs = names[step.name]
-    program = plan.programs.get(step.program)
+    program = plan.programs.get(GREEDY if isinstance(step.spec, Sample) else step.program)
     for name in record.names:
         yield Region(
             name=name,
-            rule=" + ".join(record.rules) or "as it stands",
+            rule="; ".join(record.rules) or "as it stands",
             nodes=tuple(Node(*entry) for entry in record.took),
             kernels=kernels_by_range(program) if program else {},
             inputs=inputs,

@@ -23,12 +23,12 @@ def activation_names(plan: Plan, layer: int | None) -> dict[str, tuple[tuple[str
         reads = [name for ref in step.inputs.values() for name in _readable(written, ref)]
         writes = []
         for role, ref in step.outputs.items():
-            name = _base_name(step, role, ref, attends)
-            if inside and layer is not None:
-                counts[name] = counts.get(name, 0) + 1
-                name = f"{name} {counts[name]}" if name == "hidden" or counts[name] > 1 else name
-            written.setdefault(ref.buffer, []).append((ref.start, ref.stop, name))
-            writes.append(name)
+            for part, name in _parts(step, role, ref, attends):
+                if inside and layer is not None:
+                    counts[name] = counts.get(name, 0) + 1
+                    name = f"{name} {counts[name]}" if name == "hidden" or counts[name] > 1 else name
+                written.setdefault(part.buffer, []).append((part.start, part.stop, name))
+                writes.append(name)
         if isinstance(step.spec, Sample):
             writes.append("tokens")
         names[step.name] = tuple(dict.fromkeys(reads)), tuple(dict.fromkeys(writes))
@@ -40,15 +40,21 @@ def _readable(written: dict[str, list[Written]], ref: Ref) -> list[str]:
     return [name for start, stop, name in written.get(ref.buffer, ()) if start < ref.stop and ref.start < stop]
 
 
-def _base_name(step: Step, role: str, ref: Ref, attends: dict[tuple[str, int], str]) -> str:
+def _parts(step: Step, role: str, ref: Ref, attends: dict[str, dict[Ref, str]]) -> list[tuple[Ref, str]]:
+    """An output with its name, or the parts that attention reads as q, k and v."""
+    inside = [
+        (r, name) for r, name in attends.get(ref.buffer, {}).items() if ref.start <= r.start and r.stop <= ref.stop
+    ]
+    return sorted(inside, key=lambda part: "qkv".index(part[1])) or [(ref, _base_name(step, role, ref))]
+
+
+def _base_name(step: Step, role: str, ref: Ref) -> str:
     if isinstance(step.spec, Attention):
         return "context"
     if isinstance(step.spec, RowNorm):
         return "normed"
     if isinstance(step.spec, Embed) or role == "sum":
         return "hidden"
-    if (ref.buffer, ref.start) in attends:
-        return attends[ref.buffer, ref.start]
     if isinstance(step.spec, Linear):
         if step.spec.rows == "R":
             return "logits"
@@ -59,7 +65,11 @@ def _base_name(step: Step, role: str, ref: Ref, attends: dict[tuple[str, int], s
     return re.sub(r"_\d+$", "", ref.buffer)
 
 
-def _read_by_attention(plan: Plan) -> dict[tuple[str, int], str]:
-    """(buffer, first column) -> q, k or v."""
-    steps = [step for step in plan.steps if isinstance(step.spec, Attention)]
-    return {(ref.buffer, ref.start): role for step in steps for role, ref in step.inputs.items()}
+def _read_by_attention(plan: Plan) -> dict[str, dict[Ref, str]]:
+    """Buffer -> columns that attention reads -> q, k or v."""
+    reads: dict[str, dict[Ref, str]] = {}
+    for step in plan.steps:
+        if isinstance(step.spec, Attention):
+            for role, ref in step.inputs.items():
+                reads.setdefault(ref.buffer, {})[ref] = role
+    return reads

@@ -122,7 +122,7 @@ def _regions(layer_class: LayerClass) -> Table:
     for names, region in layer_class.steps():
         row = [
             Text(" + ".join(names), style="cyan"),
-            region.rule,
+            Text(region.rule),
             " ".join(op if n == 1 else f"{op}\u00d7{n}" for op, n in ops_taken(region)),
             Text(_launches(region), style="" if region.kernels else "dim"),
             format_bytes(region.bytes_saved) if region.bytes_saved else "-",
