@@ -60,15 +60,25 @@ def _compact(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
-def hash_files(directory: Path) -> dict[str, FileEntry]:
-    """Hash every file under the directory but the manifest: path inside it, with forward slashes -> entry."""
+def hash_files(directory: Path, known: dict[str, FileEntry] | None = None) -> dict[str, FileEntry]:
+    """Hash every file under the directory but the manifest: path inside it, with forward slashes -> entry.
+
+    known: entries of files that have not changed since they were hashed.
+    """
+    known = known or {}
     names = sorted(name for name in _files(directory) if name != FILE_NAME)
-    return {name: FileEntry(_sha256(directory / name), (directory / name).stat().st_size) for name in names}
+    return {
+        name: known.get(name) or FileEntry(_sha256(directory / name), (directory / name).stat().st_size)
+        for name in names
+    }
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
-    """Write manifest.json with the hashes of all files present: the last file of an artifact. Returns it."""
-    manifest = dataclasses.replace(manifest, files=hash_files(directory))
+    """Write manifest.json with the hashes of all files present: the last file of an artifact. Returns it.
+
+    Files that the given manifest holds already are not hashed again.
+    """
+    manifest = dataclasses.replace(manifest, files=hash_files(directory, manifest.files))
     write_json(directory / FILE_NAME, manifest_to_json(manifest))
     return manifest
 

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from dscompile.runtime.errors import UserError
+from dscompile.runtime.errors import UserError, VerificationError
 
 EXIT_FAILED = 1  # the answer is no: verification found a difference
 EXIT_USER = 2  # something the user can act on
@@ -70,7 +70,7 @@ def int_list(text: str) -> list[int]:
 
 def _explain(program: str, error: Exception) -> int:
     if isinstance(error, UserError):
-        line, code = str(error), EXIT_USER
+        line, code = str(error), EXIT_FAILED if isinstance(error, VerificationError) else EXIT_USER
     elif isinstance(error, OSError):
         line, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), EXIT_USER
     else:
