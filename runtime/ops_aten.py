@@ -13,9 +13,9 @@ from dscompile.runtime.plan import Aten
 
 ELEMENTWISE = (
     "abs add addcdiv addcmul bitwise_and bitwise_not bitwise_or ceil clamp clamp_max clamp_min clone cos div elu eq "
-    "erf exp exp2 expm1 floor fmod ge gelu gt hardsigmoid hardswish hardtanh isnan le leaky_relu lerp log log10 log1p log2 "
-    "logical_and logical_not logical_or lt masked_fill maximum minimum mish mul ne neg pow reciprocal relu remainder "
-    "round rsqrt rsub sigmoid sign silu sin softplus sqrt square sub tan tanh threshold trunc where _to_copy"
+    "erf exp exp2 expm1 floor fmod ge gelu gt hardsigmoid hardswish hardtanh isnan le leaky_relu lerp log log10 log1p "
+    "log2 logical_and logical_not logical_or lt masked_fill maximum minimum mish mul ne neg pow reciprocal relu "
+    "remainder round rsqrt rsub sigmoid sign silu sin softplus sqrt square sub tan tanh threshold trunc where _to_copy"
 )
 VIEW = (
     "_unsafe_view alias cat chunk constant_pad_nd expand flatten permute repeat reshape select slice split "

@@ -74,7 +74,8 @@ def make_weight(
         return torch.zeros(weight.shape, dtype=dtype, device=device)
     if weight.init.startswith(ROW_SUM):
         return others[weight.init.removeprefix(ROW_SUM)].sum(-1, dtype=torch.float32).to(dtype)
-    generator = torch.Generator(device).manual_seed(seed << 32 | zlib.crc32(name.encode()))
+    # 32 bits, because the CPU's generator ignores the others.
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     std = float(weight.init.removeprefix(NORMAL))
     return torch.empty(weight.shape, dtype=dtype, device=device).normal_(0.0, std, generator=generator)
 
