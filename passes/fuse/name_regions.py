@@ -11,6 +11,7 @@ from dscompile.passes.fuse.regions import fused_embed, fused_linear
 from dscompile.passes.graph import ModelGraph
 from dscompile.passes.rule import Log
 
+ORDER = ("attn_in", "mlp_in", "attn_out", "mlp_out")
 VIEWS = {operator.getitem, vocabulary.columns}
 
 
@@ -42,7 +43,7 @@ def _linear_names(node: fx.Node) -> tuple[str, ...]:
             names.append("attn_out")
         elif producer.target is fused_linear and _computes_hidden(producer, node):
             names.append("mlp_out")
-    return tuple(dict.fromkeys(names)) or ("linear",)
+    return tuple(n for n in ORDER if n in names) or ("linear",)
 
 
 def _computes_hidden(node: fx.Node, reader: fx.Node) -> bool:
