@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from dscompile.codegen.targets import capability, supports
+from dscompile.passes.lower.lower import Limits
 from dscompile.runtime.errors import UserError
 
 DTYPES = ("float16", "bfloat16", "float32")
 QUANTIZATIONS = ("none", "int8", "int8-weight-only")
 REGIONS = ("embed", "norm", "attn_in", "attention", "attn_out", "mlp_in", "mlp_out", "moe", "head", "sample")
 DEFAULT_MAX_BATCH = 64
+UNLIMITED_SEQ_LEN = 2048
 
 
 @dataclass(frozen=True)
@@ -139,3 +141,17 @@ def _check_available(config: CompileConfig) -> None:
 def _one_of(option: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"unknown {option} {value!r}: choose from {', '.join(choices)}")
+
+
+def resolve_limits(config: CompileConfig, model_limit: int | None) -> Limits:
+    """The plan's limits. model_limit: longest sequence the model was made for, None if it knows none.
+
+    Raises UserError where more is asked for: positions beyond it have no meaning to the model, or no table.
+    """
+    if model_limit is not None and (config.max_seq_len or 0) > model_limit:
+        raise UserError(f"max_seq_len {config.max_seq_len} is more than the model's limit of {model_limit}")
+    return Limits(
+        max_seq_len=config.max_seq_len or model_limit or UNLIMITED_SEQ_LEN,
+        max_batch=config.max_batch,
+        max_step_tokens=max(Limits.max_step_tokens, config.max_batch),
+    )

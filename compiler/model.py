@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,7 +21,9 @@ def build_on_meta(config: PretrainedConfig) -> nn.Module:
     """
     try:
         with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+            # A copy: transformers writes the dtype and the attention into the configuration it is given.
+            own = copy.deepcopy(config)
+            model = AutoModelForCausalLM.from_config(own, attn_implementation="eager", dtype=torch.float32)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"transformers cannot build a causal language model from this config.json: {reason}") from error

@@ -41,14 +41,22 @@ class ModelSource:
             given = self.config.get_text_config(decoder=True).eos_token_id
         return () if given is None else tuple(given) if isinstance(given, list) else (int(given),)
 
-    def max_seq_len(self) -> int:
-        """Longest sequence the model was made for; 2048 where its configuration knows no limit, as with alibi."""
+    def max_seq_len(self) -> int | None:
+        """Longest sequence the model was made for; None where its configuration sets no limit, as with alibi."""
         config = self.config.get_text_config(decoder=True)
         for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
             value = getattr(config, name, None)
             if isinstance(value, int) and value > 0:
                 return value
-        return 2048
+        return None
+
+    def dtype(self) -> str | None:
+        """The dtype that config.json says the model is stored in."""
+        dtype = self.config.dtype
+        return None if dtype is None else str(dtype).removeprefix("torch.")
+
+    def architecture(self) -> str:
+        return (self.config.architectures or [self.config.model_type])[0]
 
 
 def find_model(model: str | Path, weights: bool = True) -> ModelSource:

@@ -12,13 +12,24 @@ import types
 from collections.abc import Callable
 
 from torch import nn
+from transformers import PretrainedConfig
 
 
 def adapt(model: nn.Module) -> None:
     """Apply the adapter of the model's type, if there is one."""
-    name = f"{__name__}.{model.config.model_type.replace('-', '_')}"
-    if importlib.util.find_spec(name) is not None:
-        importlib.import_module(name).adapt(model)
+    adapter = _adapter(model.config)
+    if adapter is not None:
+        adapter.adapt(model)
+
+
+def reference_attention(config: PretrainedConfig) -> str:
+    """The attention of transformers that defines what a model computes: eager, unless its adapter says otherwise."""
+    return getattr(_adapter(config), "REFERENCE_ATTENTION", "eager")
+
+
+def _adapter(config: PretrainedConfig) -> types.ModuleType | None:
+    name = f"{__name__}.{config.model_type.replace('-', '_')}"
+    return None if importlib.util.find_spec(name) is None else importlib.import_module(name)
 
 
 def rebind(model: nn.Module, class_name: str, method: str, function: Callable) -> None:

@@ -11,6 +11,9 @@ from dscompile.compiler.adapters import rebind
 from dscompile.compiler.adapters.bloom import alibi_slopes
 from dscompile.compiler.attention import attend
 
+# Eager attention of transformers adds alibi twice, once of it unscaled.
+REFERENCE_ATTENTION = "sdpa"
+
 
 def adapt(model: nn.Module) -> None:
     rebind(model, "FalconAttention", "forward", _attention)

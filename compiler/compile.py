@@ -1,0 +1,108 @@
+"""compile_model(): from a Hugging Face model to an artifact. The file to read first."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from dscompile.codegen.aot import compile_kernels
+from dscompile.compiler.checkpoint import Checkpoint
+from dscompile.compiler.config import CompileConfig, parse_config, resolve_dtype, resolve_limits
+from dscompile.compiler.facts import count_parameters, make_manifest, model_name, report_facts
+from dscompile.compiler.model import build_on_meta
+from dscompile.compiler.progress import Progress, Silent
+from dscompile.compiler.report import collect_report, require_fusion
+from dscompile.compiler.source import ModelSource, find_model, write_tokenizer
+from dscompile.compiler.stand_in import why_stand_in, write_stand_in
+from dscompile.compiler.trace import trace_model
+from dscompile.compiler.verify import check, verify_artifact
+from dscompile.compiler.weights import write_weights
+from dscompile.passes.lower.lower import Lowered, lower
+from dscompile.passes.pipeline import PIPELINE
+from dscompile.passes.runner import run_pipeline
+from dscompile.runtime.artifact import atomic_directory, check_output, write_json, write_manifest, write_plan
+from dscompile.runtime.plan import Plan
+from dscompile.runtime.report import Report, Verification
+from dscompile.runtime.report_html import write_html
+
+
+def compile_model(model: str | Path, out: str | Path, *, progress: Progress | None = None, **options: Any) -> Report:
+    """Compile a model into the directory `out`, compare the two, and return the report that `out` holds too.
+
+    model:    a hub id, or a directory as save_pretrained() writes it; with dummy_weights config.json is enough
+    progress: told about each stage
+    options:  dtype, target, max_seq_len, max_batch, dummy_weights, require_fusion, dump_ir, verify, force ... as on
+              the command line; see CompileConfig
+    Raises UserError, one line that says what to do, and VerificationError where the artifact computes something else;
+    `out` is then as it was before.
+    """
+    config = parse_config(**options)
+    check_output(out, config.force)
+    source = find_model(model, weights=config.dummy_weights is None)
+    with atomic_directory(out, config.force) as directory:
+        return _compile(source, config, directory, progress or Silent())
+
+
+def _compile(source: ModelSource, config: CompileConfig, directory: Path, progress: Progress) -> Report:
+    progress.start("tracing")
+    limits = resolve_limits(config, source.max_seq_len())
+    graph = trace_model(source.config, limits.max_seq_len)
+    num_params = count_parameters(graph)
+    checkpoint = None if config.dummy_weights else Checkpoint(source.directory, build_on_meta(source.config))
+    dtype = resolve_dtype(config, checkpoint.dtype if checkpoint else source.dtype())
+    progress.finish()
+
+    progress.start("passes", sum(len(phase.passes) for phase in PIPELINE), "passes")
+    records = run_pipeline(graph, PIPELINE, config.dump_ir, lambda name: progress.advance())
+    lowered = lower(graph, dtype, config.targets, limits, model_name(source))
+    report = collect_report(lowered, records, report_facts(source, config, dtype))
+    require_fusion(report, config.require_fusion)
+    progress.finish()
+
+    plan = write_weights(directory, lowered, graph.constants, checkpoint, config.dummy_weights, progress)
+    plan = _write_kernels(directory, lowered, plan, config.targets, progress)
+    write_plan(directory, plan)
+    write_tokenizer(source, directory)
+    manifest = write_manifest(directory, make_manifest(source, config, plan, dtype, num_params))
+
+    report = dataclasses.replace(report, verification=_verify(source, config, directory, report, num_params, progress))
+    write_json(directory / "report.json", report.to_json())
+    write_html(report, directory / "report.html")
+    write_manifest(directory, manifest)
+    return report
+
+
+def _write_kernels(directory: Path, lowered: Lowered, plan: Plan, targets: tuple[str, ...], progress: Progress) -> Plan:
+    """Compile the kernels that the plan launches; returns the plan with its table of kernels."""
+    if not targets:
+        return plan
+    progress.start("kernels", len({r.name for r in lowered.requests}) * len(targets), "kernels")
+    kernels = compile_kernels(
+        lowered.requests, targets, directory / "kernels", progress.advance, provenance=lowered.provenance
+    )
+    progress.finish()
+    return dataclasses.replace(plan, kernels=kernels)
+
+
+def _verify(
+    source: ModelSource, config: CompileConfig, directory: Path, report: Report, num_params: int, progress: Progress
+) -> Verification:
+    """Compare the artifact with its model, or, where that cannot be, a small model of the same layers with its own."""
+    if not config.verify:
+        return Verification(note="not asked for")
+    progress.start("verification")
+    reason = why_stand_in(config, num_params)
+    if reason is None:
+        verification = verify_artifact(directory, source)
+    else:
+        with write_stand_in(source, report, directory) as (small, scratch):
+            options = dataclasses.replace(config, verify=False, dummy_weights=None, require_fusion=(), dump_ir=None)
+            artifact = scratch / "artifact"
+            artifact.mkdir()
+            _compile(small, options, artifact, Silent())
+            verification = verify_artifact(artifact, small)
+        verification = dataclasses.replace(verification, model=f"{small.name} ({reason})")
+    progress.finish()
+    check(verification)
+    return verification

@@ -1,0 +1,72 @@
+"""The original model, run by transformers."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from dscompile.compiler.adapters import reference_attention
+from dscompile.compiler.rotary import freeze_rotary
+from dscompile.compiler.source import ModelSource
+from dscompile.runtime.errors import UserError
+
+
+@torch.no_grad()
+def reference_logits(
+    source: ModelSource, texts: list[list[int]], dtype: str, max_seq_len: int, device: torch.device
+) -> list[Tensor]:
+    """Logits of every position of each text, alone in its batch: [len, V] float32 on the CPU.
+
+    max_seq_len: the artifact's, which decides the rotary table that transformers would choose by length.
+    device:      where the artifact ran; the model goes there if it fits, and is gone from it afterwards.
+    """
+    model = _load(source, dtype)
+    freeze_rotary(model, max_seq_len)
+    device = device if _fits(model, device) else torch.device("cpu")
+    model = model.to(device)
+    logits = [model(torch.tensor([text], device=device), use_cache=False).logits[0].float().cpu() for text in texts]
+    del model
+    gc.collect()
+    return logits
+
+
+def _load(source: ModelSource, dtype: str) -> nn.Module:
+    try:
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                source.directory,
+                dtype=getattr(torch, dtype),
+                attn_implementation=reference_attention(source.config),
+                local_files_only=True,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{source.name}: transformers cannot load it for the comparison: {reason}") from error
+    return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _fits(model: nn.Module, device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    torch.cuda.empty_cache()
+    return 1.2 * size < torch.cuda.mem_get_info(device)[0]

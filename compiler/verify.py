@@ -1,0 +1,135 @@
+"""The gate: the artifact, run by the real runtime, against the original model, run by transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+from dscompile.compiler.facts import model_name
+from dscompile.compiler.prompts import NEW_TOKENS, choose_prompts, kv_tokens
+from dscompile.compiler.reference import reference_logits
+from dscompile.compiler.source import ModelSource, find_model
+from dscompile.compiler.step_through import decode_logits
+from dscompile.runtime import load
+from dscompile.runtime.artifact import read_plan
+from dscompile.runtime.engine import Engine
+from dscompile.runtime.errors import VerificationError
+from dscompile.runtime.manifest import read_manifest
+from dscompile.runtime.report import Check, Verification
+
+FLOAT32_LIMIT = 1e-5
+# Half precision may be this much further from the float32 original than transformers is in the same dtype.
+HALF_FACTOR = 1.5
+# The largest error of a logit against the RMS of all errors: where greedy choices may differ.
+PEAK_FACTOR = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What an artifact computed, per prompt.
+
+    prefill:   logits of every position, all prompts in one ragged batch, [len, V]
+    decode:    logits of the last positions, one token a step, all prompts in one batch, [up to DECODED, V]
+    generated: the tokens that greedy generation added
+    """
+
+    prefill: list[Tensor]
+    decode: list[Tensor]
+    generated: list[list[int]]
+
+
+def verify_artifact(artifact: Path, source: ModelSource) -> Verification:
+    """Compare an artifact with its original model. The two are never in memory together."""
+    plan, manifest = read_plan(artifact), read_manifest(artifact)
+    prompts, note = choose_prompts(plan, manifest.num_params)
+    engine = load(artifact, max_kv_tokens=kv_tokens(plan, prompts))
+    device = engine.device
+    measured = measure(engine, prompts)
+    del engine
+    gc.collect()
+    checks = compare(measured, prompts, source, manifest.dtype, plan.max_seq_len, device)
+    on_gpu = device.type == "cuda"
+    return Verification(
+        status="passed" if all(check.passed for check in checks) else "failed",
+        model=model_name(source),
+        against=f"transformers {transformers.__version__} eager, float32",
+        device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        kernels="executed" if on_gpu else "not executed",
+        checks=checks,
+        note=note,
+    )
+
+
+def verify_against(artifact: str | Path, model: str | Path) -> Verification:
+    """Repeat the comparison for an artifact on disk. Raises UserError where either cannot be read."""
+    return verify_artifact(Path(artifact), find_model(model))
+
+
+def check(verification: Verification) -> None:
+    """Raise VerificationError if the comparison failed, with the figure that missed."""
+    missed = [c for c in verification.checks if not c.passed]
+    if missed:
+        figures = ", ".join(f"{c.name} {c.error:.1e} (limit {c.limit:.1e})" for c in missed)
+        raise VerificationError(
+            f"the artifact does not compute what {verification.model} computes: {figures}; nothing was written"
+        )
+
+
+def measure(engine: Engine, prompts: list[list[int]]) -> Measured:
+    """Run prompts through an engine in the three ways in which it computes."""
+    return Measured(
+        prefill=engine.logits(prompts),
+        decode=decode_logits(engine, prompts),
+        generated=[r.tokens for r in engine.generate(prompts, max_new_tokens=NEW_TOKENS, ignore_eos=True)],
+    )
+
+
+def compare(
+    measured: Measured,
+    prompts: list[list[int]],
+    source: ModelSource,
+    dtype: str,
+    max_seq_len: int,
+    device: torch.device,
+) -> tuple[Check, ...]:
+    """Errors of what was measured, each RMS(error) / RMS(reference) with its limit.
+
+    The original continues each prompt with the tokens that the artifact chose, so that every choice can be judged:
+    its logit must be the largest, or within the rounding error of the largest.
+    """
+    texts = [prompt + new for prompt, new in zip(prompts, measured.generated, strict=True)]
+    exact = reference_logits(source, texts, "float32", max_seq_len, device)
+    heads = [logits[: len(prompt)] for logits, prompt in zip(exact, prompts, strict=True)]
+    limit = FLOAT32_LIMIT
+    if dtype != "float32":
+        rounded = reference_logits(source, prompts, dtype, max_seq_len, device)
+        limit = HALF_FACTOR * rms_error(rounded, heads)
+    tails = [head[-len(rows) :] for head, rows in zip(heads, measured.decode, strict=True)]
+    return (
+        Check("prefill", rms_error(measured.prefill, heads), limit),
+        Check("decode", rms_error(measured.decode, tails), limit),
+        Check("greedy tokens", _largest_gap(exact, prompts, measured.generated), PEAK_FACTOR * limit),
+    )
+
+
+def rms_error(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """RMS(actual - expected) / RMS(expected) over all rows, in float64; infinite if anything is NaN."""
+    wanted = torch.cat(expected).double()
+    ratio = ((torch.cat(actual).double() - wanted).square().mean() / wanted.square().mean()).sqrt().item()
+    return ratio if ratio == ratio else float("inf")
+
+
+def _largest_gap(exact: list[Tensor], prompts: list[list[int]], generated: list[list[int]]) -> float:
+    """How far below the best logit a chosen token's is at most, in units of the logits' RMS."""
+    scale = torch.cat(exact).double().square().mean().sqrt().item()
+    gap = 0.0
+    for logits, prompt, new in zip(exact, prompts, generated, strict=True):
+        rows = logits[len(prompt) - 1 : len(prompt) - 1 + len(new)].double()
+        chosen = rows.gather(1, torch.tensor(new)[:, None])[:, 0]
+        gap = max(gap, (rows.max(1).values - chosen).max().item())
+    return gap / scale
