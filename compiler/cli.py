@@ -7,7 +7,6 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -62,29 +61,22 @@ def _compile(argv: Sequence[str]) -> int:
     argv = ["--dummy-weights=generated" if word == "--dummy-weights" else word for word in argv]
     options = vars(build_parser().parse_args(argv))
     as_json, _ = options.pop("json"), options.pop("debug")
+    model, out = options.pop("model"), options.pop("out")
     options["verify"] = not options.pop("no_verify")
-    if as_json:
-        _quiet()
-        command.print_json(_run(options, None).to_json())
-        return 0
     _quiet()
-    console = Console(stderr=True)
-    console.print(f"Compiling {options['model']}", highlight=False)
-    report = _run(options, console)
-    _summary(report, options["out"])
-    return 0
-
-
-def _run(options: dict[str, Any], console: Console | None) -> Report:
     # Imported late: `dscompile --help` and argument errors should not wait for torch and transformers.
     from dscompile.compiler.cli_progress import ConsoleProgress
     from dscompile.compiler.compile import compile_model
 
-    model, out = options.pop("model"), options.pop("out")
-    if console is None:
-        return compile_model(model, out, **options)
+    if as_json:
+        command.print_json(compile_model(model, out, **options).to_json())
+        return 0
+    console = Console(stderr=True)
+    console.print(f"Compiling {model}", highlight=False)
     with ConsoleProgress(console) as progress:
-        return compile_model(model, out, progress=progress, **options)
+        report = compile_model(model, out, progress=progress, **options)
+    _summary(report, out)
+    return 0
 
 
 def _summary(report: Report, out: Path) -> None:
