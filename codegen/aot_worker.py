@@ -21,7 +21,8 @@ def main() -> None:
         try:
             answer = compile_cubin(**job)
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"}
+            lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [""]
+            answer = {"error": f"{type(error).__name__}: {lines[-1]}"}
         print(json.dumps(answer), file=answers, flush=True)
 
 

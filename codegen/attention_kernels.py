@@ -1,7 +1,186 @@
-"""Kernels of attention over the paged cache."""
+"""Kernels of attention over the paged cache: one for decoding, two for ragged batches of many tokens."""
 
 from __future__ import annotations
 
+from dscompile.codegen.emit import KernelRequest, kernel_request
+from dscompile.codegen.operands import Arguments, KernelContext, Operands, ceil_div, next_power_of_2
+from dscompile.codegen.tuned_table import num_sms
+from dscompile.runtime.plan import Attention, Case, Extent, Launch, Program, Scratch
 
-def attention_program(spec, operands, context):
-    raise NotImplementedError
+# Ranges of sequences with a number of splits each.
+DECODE_RANGES = ((1, 1), (2, 4), (5, 8), (9, 16), (17, 32), (33, 64), (65, 0))
+MAX_SPLITS = 32
+
+
+def attention_program(
+    spec: Attention, operands: Operands, context: KernelContext
+) -> tuple[Program, tuple[KernelRequest, ...]]:
+    """One launch where every sequence has one token; else one that fills the cache and one that attends."""
+    requests: list[KernelRequest] = []
+    cases: list[Case] = []
+    sizes = {"parts": 0, "moments": 0, "arrivals": 0}
+    for low, high in DECODE_RANGES:
+        splits = _splits(spec, low, context)
+        request, arguments = decode_request(spec, operands, context, splits)
+        requests.append(request)
+        grid = (Extent(1, "B"), Extent(spec.num_kv_heads), Extent(splits))
+        cases.append(Case(low, high, (Launch("kernel", request.name, arguments.args, grid),), decode=True))
+        if splits > 1:
+            tasks = (high or context.max_batch) * spec.num_kv_heads
+            parts = tasks * splits * (spec.num_heads // spec.num_kv_heads)
+            needed = {"parts": 4 * parts * spec.v_head_dim, "moments": 8 * parts, "arrivals": 4 * tasks}
+            sizes = {name: max(size, sizes[name]) for name, size in needed.items()}
+    append, prefill = _append_launch(spec, operands, context), _prefill_launch(spec, operands, context)
+    requests += [append[0], prefill[0]]
+    cases.append(Case(1, 0, (append[1], prefill[1])))
+    scratch = tuple(Scratch(n, "1", s, zeroed=n == "arrivals") for n, s in sizes.items() if s)
+    return Program(tuple(cases), scratch), tuple(requests)
+
+
+def _splits(spec: Attention, sequences: int, context: KernelContext) -> int:
+    """Parts to cut a sequence's keys into so that two programs a multiprocessor run."""
+    wanted = 2 * min(num_sms(t) for t in context.targets) // (sequences * spec.num_kv_heads)
+    longest = spec.window or context.max_seq_len
+    return max(1, min(wanted, MAX_SPLITS, ceil_div(longest, 64)))
+
+
+def _numbers(spec: Attention, operands: Operands, context: KernelContext) -> dict:
+    group = context.kv_groups[spec.group]
+    page = context.page_size
+    columns = spec.head_dim + spec.v_head_dim
+    return {
+        "GROUP": spec.num_heads // spec.num_kv_heads,
+        "KV_HEADS": spec.num_kv_heads,
+        "D": spec.head_dim,
+        "DP": max(16, next_power_of_2(spec.head_dim)),
+        "DV": spec.v_head_dim,
+        "DVP": max(16, next_power_of_2(spec.v_head_dim)),
+        "PAGE": page,
+        "BLOCK_STRIDE": group.num_layers * group.num_kv_heads * page * columns,
+        "V_OFFSET": group.num_kv_heads * page * spec.head_dim,
+        "ROTARY": spec.rotary_dim,
+        "SCALE": spec.scale,
+        "SOFTCAP": spec.softcap,
+        "WINDOW": spec.window,
+        "CHUNK": spec.chunk,
+    } | {f"{r[-1].upper()}_STRIDE": operands[r].stride for r in ("in.q", "in.k", "in.v", "out.y")}
+
+
+def _norm_numbers(spec: Attention) -> dict:
+    numbers: dict[str, float] = {}
+    for x, norm, heads in (("Q", spec.q_norm, spec.num_heads), ("K", spec.k_norm, spec.num_kv_heads)):
+        if norm:
+            numbers |= {f"{x}_EPS": norm.eps, f"{x}_WIDTH": heads * spec.head_dim}
+    return numbers
+
+
+def _structure(spec: Attention, operands: Operands) -> dict:
+    def fields(norm):
+        return {"kind": norm.kind, "weight": norm.weight, "bias": norm.bias} if norm else None
+
+    return {
+        "norms": {"q": fields(spec.q_norm), "k": fields(spec.k_norm)},
+        "across": spec.norm_across_heads,
+        "alibi": spec.alibi,
+        "sinks": spec.sinks,
+        "causal": spec.causal,
+        "ieee": operands["in.q"].dtype == "float32",
+    }
+
+
+def _bind_norms(arguments: Arguments, spec: Attention, which: str) -> None:
+    for x, norm in (("q", spec.q_norm), ("k", spec.k_norm)):
+        if norm and x in which:
+            arguments.bind(*[f"w.{x}_norm_weight"] * norm.weight, *[f"w.{x}_norm_bias"] * norm.bias)
+
+
+def _bind_attention(
+    arguments: Arguments, spec: Attention, context: KernelContext, *step: str, rope: bool = True
+) -> None:
+    if spec.rotary_dim and rope:
+        arguments.bind("w.rope_cos", "w.rope_sin", "step.positions")
+    arguments.bind(*["w.alibi_slopes"] * spec.alibi, *["w.sinks"] * spec.sinks)
+    arguments.bind_memory("kv", context.kv_groups[spec.group].dtype)
+    arguments.bind(*step)
+
+
+def decode_request(
+    spec: Attention, operands: Operands, context: KernelContext, splits: int, min_tiles: int = 1
+) -> tuple[KernelRequest, Arguments]:
+    """The kernel for steps in which every sequence has one token, and its arguments."""
+    arguments = Arguments(operands)
+    arguments.bind("in.q", "in.k", "in.v")
+    _bind_norms(arguments, spec, "qk")
+    _bind_attention(arguments, spec, context, "step.context_lens", "step.block_table", "step.slots")
+    arguments.bind("out.y")
+    if splits > 1:
+        arguments.bind_memory("scratch.parts", "float32")
+        arguments.bind_memory("scratch.moments", "float32")
+        arguments.bind_memory("scratch.arrivals", "int32")
+    arguments.bind("blocks")
+    group = spec.num_heads // spec.num_kv_heads
+    use_dot = group > 1 or operands["in.q"].dtype != "float32"
+    keys = _keys(spec, operands, 64)
+    numbers = _numbers(spec, operands, context) | _norm_numbers(spec)
+    numbers |= {"GP": max(16, next_power_of_2(group)) if use_dot else 1, "BN": keys, "SPLITS": splits, "STAGES": 3}
+    if splits > 1:
+        numbers["MIN_TILES"] = min_tiles
+    structure = _structure(spec, operands) | {"use_dot": use_dot, "one_page": context.page_size % keys == 0}
+    request = kernel_request(
+        "attention_decode", numbers, arguments.params, structure=structure, num_warps=4, num_stages=3
+    )
+    return request, arguments
+
+
+def _append_launch(spec: Attention, operands: Operands, context: KernelContext) -> tuple[KernelRequest, Launch]:
+    arguments = Arguments(operands)
+    arguments.bind("in.k", "in.v")
+    _bind_norms(arguments, spec, "k")
+    if spec.rotary_dim:
+        arguments.bind("w.rope_cos", "w.rope_sin", "step.positions")
+    arguments.bind_memory("kv", context.kv_groups[spec.group].dtype)
+    arguments.bind("step.slots")
+    numbers = _numbers(spec, operands, context) | _norm_numbers(spec)
+    each = min(next_power_of_2(spec.num_kv_heads), max(1, 2048 // int(numbers["DP"])))
+    numbers["HEADS_EACH"] = each
+    request = kernel_request(
+        "attention_append", numbers, arguments.params, structure=_structure(spec, operands), num_stages=1
+    )
+    grid = (Extent(1, "T"), Extent(ceil_div(spec.num_kv_heads, each)))
+    return request, Launch("kernel", request.name, arguments.args, grid)
+
+
+def _prefill_launch(spec: Attention, operands: Operands, context: KernelContext) -> tuple[KernelRequest, Launch]:
+    arguments = Arguments(operands)
+    arguments.bind("in.q")
+    _bind_norms(arguments, spec, "q")
+    step = ("step.seq_starts", "step.context_lens", "step.block_table")
+    _bind_attention(arguments, spec, context, *step)
+    arguments.bind("out.y", "B", "blocks")
+    numbers = _numbers(spec, operands, context) | _norm_numbers(spec)
+    group_padded = next_power_of_2(int(numbers["GROUP"]))
+    wide = max(int(numbers["DP"]), int(numbers["DVP"])) > 128 or operands["in.q"].dtype == "float32"
+    rows = max(group_padded, 64 if wide else 128)
+    keys = _keys(spec, operands, 64)
+    numbers |= {"GP": group_padded, "BM": rows, "TOKENS": rows // group_padded, "BN": keys}
+    numbers["STAGES"] = 2 if wide else 3
+    structure = _structure(spec, operands) | {
+        "one_page": context.page_size % keys == 0,
+        "split_loop": spec.causal and not spec.window and not spec.chunk,
+    }
+    request = kernel_request(
+        "attention_prefill",
+        numbers,
+        arguments.params,
+        structure=structure,
+        num_warps=4 if rows * int(numbers["DVP"]) <= 8192 else 8,
+        num_stages=int(numbers["STAGES"]),
+    )
+    grid = (Extent(1, "T", rows // group_padded, plus=1), Extent(spec.num_kv_heads))
+    return request, Launch("kernel", request.name, arguments.args, grid)
+
+
+def _keys(spec: Attention, operands: Operands, keys: int) -> int:
+    """Keys of a step: fewer where a head is wide or its numbers take four bytes."""
+    width = max(spec.head_dim, spec.v_head_dim) * (2 if operands["in.q"].dtype == "float32" else 1)
+    return keys if width <= 128 else keys // 2

@@ -42,6 +42,11 @@ class TileConfig:
     evict_first: bool = True
 
 
+def num_sms(target: str) -> int:
+    """Multiprocessors of the architecture's large GPU, or of a middling one where it is not known."""
+    return NUM_SMS.get(capability(target), 100)
+
+
 def row_config(spec: Linear, dtype: str, context: KernelContext) -> RowConfig:
     """The configuration for one row."""
     entry = _measured(context, spec, dtype, 1)
@@ -62,7 +67,7 @@ def tile_config(spec: Linear, dtype: str, tokens: int, context: KernelContext) -
     block_t = max(8, next_power_of_2(tokens))
     block_n = 64 if block_t < 128 or spec.out_features < 8192 else 128
     block_k = min(128 if itemsize == 2 else 32, max(16, next_power_of_2(spec.in_features)))
-    sms = min(NUM_SMS.get(capability(t), 100) for t in context.targets)
+    sms = min(num_sms(t) for t in context.targets)
     tiles = ceil_div(spec.out_features, block_n)
     splits = max(1, min(8, sms // tiles, spec.in_features // (4 * block_k)))
     stages = 4

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from dscompile.runtime.plan import Embed, Linear, Norm
+from dscompile.runtime.plan import Attention, Embed, Linear, Norm
 
 Tensors = dict[str, torch.Tensor]
 
@@ -70,3 +70,51 @@ def embed(spec: Embed, tensors: Tensors, tokens: torch.Tensor, positions: torch.
         y = y + t["w.positions_table"][positions.long() + spec.position_offset]
     y = y * spec.scale
     return norm(spec.norm, y, t.get("w.norm_weight"), t.get("w.norm_bias")) if spec.norm else y
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Half-split rotation of the first 2 * cos.shape[-1] columns of heads [T, H, D]; cos, sin [T, half]."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+def heads(spec: Attention, tensors: Tensors, x: str, positions: torch.Tensor) -> torch.Tensor:
+    """q or k as normed and rotated heads [T, H, D]."""
+    count, spec_norm = (spec.num_heads, spec.q_norm) if x == "q" else (spec.num_kv_heads, spec.k_norm)
+    y = tensors[f"in.{x}"]
+    shape = (y.shape[0], count, spec.head_dim)
+    if spec_norm:
+        y = y if spec.norm_across_heads else y.reshape(shape)
+        y = norm(spec_norm, y, tensors.get(f"w.{x}_norm_weight"), tensors.get(f"w.{x}_norm_bias"))
+    y = y.reshape(shape)
+    if not spec.rotary_dim:
+        return y
+    return rotate(y, tensors["w.rope_cos"][positions.long()], tensors["w.rope_sin"][positions.long()])
+
+
+def attend(spec: Attention, tensors: Tensors, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The last len(q) queries of one sequence against all of its keys: [n, H * Dv]."""
+    n, length, group = q.shape[0], k.shape[0], spec.num_heads // spec.num_kv_heads
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    i, j = torch.arange(length - n, length)[:, None], torch.arange(length)[None, :]
+    scores = torch.einsum("ihd,jhd->hij", q, k) * spec.scale
+    if spec.softcap:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    if spec.alibi:
+        scores = scores + tensors["w.alibi_slopes"][:, None, None] * (j - i)
+    seen = torch.ones(n, length, dtype=torch.bool)
+    if spec.causal:
+        seen &= j <= i
+    if spec.window:
+        seen &= j > i - spec.window
+    if spec.chunk:
+        seen &= j // spec.chunk == i // spec.chunk
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if spec.sinks:
+        sink = tensors["w.sinks"][:, None, None].expand(-1, n, 1)
+        weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return torch.einsum("hij,jhd->ihd", weights, v).reshape(n, -1)

@@ -1,0 +1,172 @@
+"""The attention kernels against the float64 formula, over a shuffled paged cache with ragged sequences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dscompile.runtime.plan import Attention, KVGroup, Norm
+from tests.codegen import oracle
+from tests.codegen.interpreted.harness import TOLERANCE, context, run, slice_of
+from tests.helpers import rms_ratio
+
+LAYERS, LAYER = 3, 1
+
+
+def attention(heads: int = 4, kv: int = 2, d: int = 16, dv: int = 0, **options) -> Attention:
+    return Attention(heads, kv, d, dv or d, scale=d**-0.5, group=0, index=LAYER, **options)
+
+
+SPECS = {
+    "gqa": attention(rotary_dim=16),
+    "mha": attention(3, 3, 16, rotary_dim=8),
+    "alibi": attention(4, 4, 16, alibi=True),
+    "mqa": attention(7, 1, 24, rotary_dim=24),
+    "window": attention(window=21),
+    "chunk": attention(chunk=40, rotary_dim=16),
+    "softcap_sinks": attention(softcap=2.0, sinks=True),
+    "head_norms": attention(
+        rotary_dim=16, q_norm=Norm("rms", 1e-5, weight=True), k_norm=Norm("layer", 1e-5, weight=True, bias=True)
+    ),
+    "row_norms": attention(
+        rotary_dim=8,
+        norm_across_heads=True,
+        q_norm=Norm("rms", 1e-5, weight=True),
+        k_norm=Norm("layer", 1e-5, weight=True),
+    ),
+    "narrow_values": attention(4, 2, 24, 10, rotary_dim=12),
+    "encoder": attention(causal=False),
+}
+RAGGED = ((5, 5), (70, 1), (33, 30), (1, 1), (90, 17))
+DECODE = ((1, 1), (70, 1), (17, 1), (33, 1), (150, 1))
+
+
+def weights(spec: Attention) -> dict[str, torch.Tensor]:
+    t: dict[str, torch.Tensor] = {}
+    if spec.rotary_dim:
+        angle = torch.arange(512)[:, None] * 10000.0 ** -(torch.arange(spec.rotary_dim // 2) / 8)
+        t |= {"w.rope_cos": angle.cos(), "w.rope_sin": angle.sin()}
+    if spec.alibi:
+        t["w.alibi_slopes"] = torch.rand(spec.num_heads)
+    if spec.sinks:
+        t["w.sinks"] = torch.randn(spec.num_heads)
+    for x, norm, heads in (("q", spec.q_norm, spec.num_heads), ("k", spec.k_norm, spec.num_kv_heads)):
+        width = spec.head_dim * (heads if spec.norm_across_heads else 1)
+        if norm and norm.weight:
+            t[f"w.{x}_norm_weight"] = 1 + 0.3 * torch.randn(width)
+        if norm and norm.bias:
+            t[f"w.{x}_norm_bias"] = torch.randn(width)
+    return t
+
+
+class Cache:
+    """A paged pool as the plan lays it out, filled with history; blocks behind a window are not there."""
+
+    def __init__(self, spec: Attention, sequences: tuple, page: int, dtype: torch.dtype) -> None:
+        self.spec, self.page = spec, page
+        self.per_sequence = [math.ceil(length / page) for length, _ in sequences]
+        self.k_size = spec.num_kv_heads * page * spec.head_dim
+        block = self.k_size + spec.num_kv_heads * page * spec.v_head_dim
+        order = torch.randperm(sum(self.per_sequence)) + 1
+        self.tables = torch.zeros(len(sequences), max(self.per_sequence) + 2, dtype=torch.int32)
+        for b, ids in enumerate(order.split(self.per_sequence)):
+            self.tables[b, : len(ids)] = ids
+        self.pool = torch.full((len(order) + 1, LAYERS, block), float("nan"), dtype=dtype)
+
+    def slot(self, b: int, position: int) -> int:
+        return int(self.tables[b, position // self.page]) * self.page + position % self.page
+
+    def views(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K [Hkv, D] and V [Hkv, Dv] of one slot."""
+        s, layer = self.spec, self.pool[slot // self.page, LAYER]
+        k = layer[: self.k_size].view(s.num_kv_heads, self.page, s.head_dim)
+        v = layer[self.k_size :].view(s.num_kv_heads, self.page, s.v_head_dim)
+        return k[:, slot % self.page], v[:, slot % self.page]
+
+    def kernel_argument(self) -> torch.Tensor:
+        return self.pool[0, LAYER]
+
+
+def check(spec: Attention, sequences: tuple, dtype: torch.dtype, page: int, decode: bool, pad: int = 0) -> None:
+    torch.manual_seed(0)
+    count = sum(new for _, new in sequences) + pad
+    sizes = {"q": spec.num_heads * spec.head_dim, "k": spec.num_kv_heads * spec.head_dim}
+    sizes["v"] = spec.num_kv_heads * spec.v_head_dim
+    tensors = {f"in.{x}": slice_of(count, width, dtype) for x, width in sizes.items()} | weights(spec)
+    tensors["out.y"] = slice_of(count, spec.num_heads * spec.v_head_dim, dtype, float("nan"))
+    cache = Cache(spec, sequences, page, dtype)
+    positions = torch.cat([torch.arange(length - new, length) for length, new in sequences])
+    double = {k: v.double() for k, v in tensors.items()}
+    real = count - pad
+    q = oracle.heads(spec, {k: v[:real] if k[:3] == "in." else v for k, v in double.items()}, "q", positions)
+    k = oracle.heads(spec, {k: v[:real] if k[:3] == "in." else v for k, v in double.items()}, "k", positions)
+    v = double["in.v"][:real].reshape(real, spec.num_kv_heads, spec.v_head_dim)
+    slots, expected, at = [], [], 0
+    for b, (length, new) in enumerate(sequences):
+        keys, values = [], []
+        for p in range(length - new):
+            k_slot, v_slot = cache.views(cache.slot(b, p))
+            k_slot.copy_(torch.randn(k_slot.shape))
+            v_slot.copy_(torch.randn(v_slot.shape))
+            keys.append(k_slot.double())
+            values.append(v_slot.double())
+        slots += [cache.slot(b, p) for p in range(length - new, length)]
+        keys = torch.stack([*keys, *k[at : at + new]])
+        values = torch.stack([*values, *v[at : at + new]])
+        expected.append(oracle.attend(spec, double, q[at : at + new], keys, values))
+        at += new
+    starts = torch.tensor([0, *torch.tensor([n for _, n in sequences]).cumsum(0)] + [count] * (pad > 0) * pad)
+    if spec.window and decode:
+        for b, (length, _) in enumerate(sequences):
+            cache.tables[b, : max(0, length - spec.window) // page] = -(10**6)
+    step = {
+        "positions": torch.cat([positions, torch.zeros(pad, dtype=torch.long)]).int(),
+        "seq_starts": starts.int(),
+        "context_lens": torch.tensor([length for length, _ in sequences] + [0] * pad).int(),
+        "block_table": torch.cat([cache.tables, torch.zeros(pad, cache.tables.shape[1], dtype=torch.int32)]),
+        "slots": torch.tensor(slots + [-1] * pad).int(),
+    }
+    names = {torch.float16: "float16", torch.float32: "float32"}
+    group = KVGroup(LAYERS, spec.num_kv_heads, spec.head_dim, spec.v_head_dim, names[dtype], spec.window, spec.chunk)
+    run(
+        spec,
+        tensors,
+        step,
+        {"T": count, "B": len(sequences) + pad, "blocks": cache.tables.shape[1]},
+        decode=decode,
+        context=context(page_size=page, groups=(group,)),
+        extra={"kv": cache.kernel_argument()},
+    )
+    assert rms_ratio(tensors["out.y"][:real], torch.cat(expected)) <= TOLERANCE[dtype]
+    written = [cache.views(s) for s in slots]
+    assert rms_ratio(torch.stack([w[0] for w in written]), k) <= TOLERANCE[dtype]
+    assert rms_ratio(torch.stack([w[1] for w in written]), v) <= TOLERANCE[dtype]
+    assert cache.pool[:, [0, 2]].isnan().all(), "another layer was written"
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_decode(name: str, dtype: torch.dtype) -> None:
+    check(SPECS[name], DECODE, dtype, 16, decode=True)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_ragged(name: str, dtype: torch.dtype) -> None:
+    check(SPECS[name], RAGGED, dtype, 16, decode=False)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize("name", ["gqa", "window", "mha"])
+def test_large_pages(name: str, decode: bool) -> None:
+    check(SPECS[name], DECODE if decode else RAGGED, torch.float16, 64, decode)
+
+
+def test_one_sequence_is_cut_into_parts() -> None:
+    check(SPECS["gqa"], ((500, 1),), torch.float32, 16, decode=True)
+
+
+def test_padding_rows_write_nothing_and_disturb_nothing() -> None:
+    check(SPECS["gqa"], DECODE[:3], torch.float32, 16, decode=True, pad=2)

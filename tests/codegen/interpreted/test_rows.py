@@ -1,0 +1,52 @@
+"""The embedding and the stand-alone norm against the float64 formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dscompile.runtime.plan import Embed, Norm, RowNorm
+from tests.codegen import oracle
+from tests.codegen.interpreted.harness import TOLERANCE, run, slice_of
+from tests.helpers import rms_ratio
+
+D, V, ROWS = 77, 50, 5
+NORMS = {
+    "none": None,
+    "rms": Norm("rms", 1e-5),
+    "layer": Norm("layer", 1e-5, weight=True, bias=True),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("offset", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_embed(norm: str, offset: int | None, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    spec = Embed(scale=1.5, position_offset=offset, norm=NORMS[norm])
+    tensors = {"w.table": torch.randn(V, D).to(dtype), "out.y": slice_of(ROWS, D, dtype, float("nan"))}
+    if offset is not None:
+        tensors["w.positions_table"] = torch.randn(40, D).to(dtype)
+    if spec.norm and spec.norm.weight:
+        tensors |= {"w.norm_weight": torch.randn(D).to(dtype), "w.norm_bias": torch.randn(D).to(dtype)}
+    step = {"tokens": torch.randint(0, V, (ROWS,)).int(), "positions": torch.randint(0, 30, (ROWS,)).int()}
+    run(spec, tensors, step, {"T": ROWS, "B": 1})
+    expected = oracle.embed(spec, tensors, step["tokens"], step["positions"])
+    assert rms_ratio(tensors["out.y"], expected) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("add", [True, False])
+def test_row_norm(norm: str, add: bool) -> None:
+    torch.manual_seed(0)
+    spec = RowNorm(NORMS[norm], add=add)  # type: ignore[arg-type]
+    tensors = {"in.x": slice_of(ROWS, D, torch.float32), "out.y": slice_of(ROWS, D, torch.float32, float("nan"))}
+    if add:
+        tensors["in.add"] = slice_of(ROWS, D, torch.float32)
+    if spec.norm.weight:
+        tensors |= {"w.norm_weight": torch.randn(D), "w.norm_bias": torch.randn(D)}
+    run(spec, tensors, {}, {"T": ROWS, "B": 1})
+    t = {k: v.double() for k, v in tensors.items()}
+    v = t["in.x"] + (t["in.add"] if add else 0)
+    expected = oracle.norm(spec.norm, v, t.get("w.norm_weight"), t.get("w.norm_bias"))
+    assert rms_ratio(tensors["out.y"], expected) <= TOLERANCE[torch.float32]
