@@ -1,0 +1,120 @@
+"""The CUDA executor on a simulated GPU, with the real kernels in Triton's interpreter, against the CPU executor."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from dscompile.passes.lower.lower import Lowered, RegionRecord, _with_kernels
+from dscompile.runtime.cpu_executor import CpuExecutor
+from dscompile.runtime.cuda_executor import RESERVED_BYTES, CudaExecutor
+from dscompile.runtime.engine import Engine
+from dscompile.runtime.errors import UserError
+from dscompile.runtime.plan import Plan
+from tests.helpers import rms_ratio
+from tests.runtime.models import Model, make_model
+from tests.runtime_cuda.simulated import SimulatedDevice, write_kernels
+
+PROMPTS = [[5, 7, 9, 1, 2, 30, 4], [11], [3, 3, 8, 20, 36]]
+
+
+def simulated(model: Model, artifact: Path, free: int = 1 << 30) -> tuple[Engine, SimulatedDevice]:
+    regions = [RegionRecord(s.name, s.layer, s.regions, (), (), (), (), 0) for s in model.plan.steps]
+    lowered = _with_kernels(Lowered(model.plan, {}, (), regions, []), ("sm_90",), "test")
+    kernels = write_kernels(lowered.requests, artifact)
+    plan: Plan = dataclasses.replace(lowered.plan, kernels=kernels)
+    device = SimulatedDevice(kernels, artifact, free)
+    return Engine(CudaExecutor(plan, model.weights, artifact, device, max_kv_tokens=128)), device
+
+
+@pytest.fixture
+def llama() -> Model:
+    return make_model(hidden=32, heads=4, kv_heads=2, head_dim=16, v_head_dim=16, rotary_dim=16, inner=32)
+
+
+def test_greedy_tokens_are_those_of_the_cpu(llama, tmp_path):
+    """Prompts of several lengths; page size 4, so that sequences enter new blocks inside the captured graph."""
+    engine, device = simulated(llama, tmp_path)
+    options = {"max_new_tokens": 10, "ignore_eos": True, "logprobs": True}
+    expected = Engine(CpuExecutor(llama.plan, llama.weights, 128)).generate(PROMPTS, **options)
+    actual = engine.generate(PROMPTS, **options)
+    assert [r.tokens for r in actual] == [r.tokens for r in expected]
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4, rtol=1e-4)
+    assert device.replays >= 8
+
+
+def test_logits_are_those_of_the_cpu(llama, tmp_path):
+    engine, _ = simulated(llama, tmp_path)
+    expected = Engine(CpuExecutor(llama.plan, llama.weights, 128)).logits(PROMPTS)
+    for a, b in zip(engine.logits(PROMPTS), expected, strict=True):
+        assert rms_ratio(a, b) < 1e-5
+
+
+def test_a_steady_decode_step_copies_only_its_tokens(llama, tmp_path):
+    engine, device = simulated(llama, tmp_path)
+    for prompt in PROMPTS:
+        engine.add_request(prompt, max_new_tokens=12, ignore_eos=True)
+    for _ in range(4):
+        engine.step()
+    device.driver.copies.clear()
+    replays = device.replays
+    for _ in range(4):
+        engine.step()
+    download = 8 * llama.plan.max_batch
+    new_blocks = 4 * llama.plan.max_batch * len(llama.plan.kv_groups)
+    assert device.replays == replays + 4
+    assert device.driver.copies.count(download) == 4
+    assert set(device.driver.copies) <= {download, new_blocks}
+
+
+def test_requests_that_join_do_not_change_the_others(llama, tmp_path):
+    """Sampled requests with every filter join one after another; each has the tokens that it has alone."""
+    options = [
+        {"temperature": 1.0, "seed": 3},
+        {"temperature": 0.8, "top_p": 0.9, "seed": 4, "repetition_penalty": 1.2},
+        {"repetition_penalty": 1.4, "min_new_tokens": 3},
+    ]
+    cpu = Engine(CpuExecutor(llama.plan, llama.weights, 128), eos_ids=(2,))
+    expected = [cpu.generate([p], max_new_tokens=7, **o)[0].tokens for p, o in zip(PROMPTS, options, strict=True)]
+    engine, _ = simulated(llama, tmp_path)
+    engine.eos_ids = frozenset((2,))
+    requests = []
+    for prompt, option in zip(PROMPTS, options, strict=True):
+        requests.append(engine.add_request(prompt, max_new_tokens=7, **option))
+        engine.step()
+        engine.step()
+    while not all(r.done for r in requests):
+        engine.step()
+    assert [r.result().tokens for r in requests] == expected
+
+
+def test_a_full_pool_preempts_and_loses_nothing(llama, tmp_path):
+    options = {"max_new_tokens": 9, "temperature": 1.0, "repetition_penalty": 1.1, "seed": 1, "ignore_eos": True}
+    expected = Engine(CpuExecutor(llama.plan, llama.weights, 128)).generate(PROMPTS, **options)
+    engine, _ = simulated(llama, tmp_path)
+    small = Engine(engine.executor)
+    for allocator in small.scheduler.tables.allocators:
+        allocator._free = allocator._free[-8:]
+    actual = small.generate(PROMPTS, **options)
+    assert small.counters["preemptions"] > 0
+    assert [r.tokens for r in actual] == [r.tokens for r in expected]
+
+
+def test_windows_and_groups(tmp_path):
+    """Two KV groups with block tables of their own; the windowed one gives blocks back as it goes."""
+    model = make_model(
+        hidden=32, heads=2, kv_heads=1, head_dim=16, v_head_dim=16, rotary_dim=8, inner=32, windows=(0, 6)
+    )
+    engine, _ = simulated(model, tmp_path)
+    options = {"max_new_tokens": 14, "ignore_eos": True}
+    expected = Engine(CpuExecutor(model.plan, model.weights, 128)).generate(PROMPTS, **options)
+    assert [r.tokens for r in engine.generate(PROMPTS, **options)] == [r.tokens for r in expected]
+
+
+def test_a_gpu_without_memory_is_refused(llama, tmp_path):
+    with pytest.raises(UserError, match="not enough GPU memory.*needed.*free"):
+        simulated(llama, tmp_path, free=RESERVED_BYTES)
