@@ -116,5 +116,5 @@ def test_windows_and_groups(tmp_path):
 
 
 def test_a_gpu_without_memory_is_refused(llama, tmp_path):
-    with pytest.raises(UserError, match="not enough GPU memory.*needed.*free"):
+    with pytest.raises(UserError, match=r"not enough GPU memory.*needed.*free"):
         simulated(llama, tmp_path, free=RESERVED_BYTES)
