@@ -139,6 +139,7 @@ def init_inference(
 def _compile(model: Any, artifact: Path, options: dict[str, Any], verify: bool) -> None:
     checkpoint = tempfile.mkdtemp(prefix="checkpoint-", dir=artifact.parent)
     try:
+        transformers.utils.logging.disable_progress_bar()
         model.save_pretrained(checkpoint)
         compile_model(checkpoint, artifact, verify=verify, **{k: v for k, v in options.items() if v is not None})
     finally:
