@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from dscompile.compiler.quiet import quiet
 from dscompile.runtime.errors import UserError
 
 
@@ -20,7 +21,7 @@ def build_on_meta(config: PretrainedConfig) -> nn.Module:
     configuration that transformers knows no causal language model for, or cannot build.
     """
     try:
-        with _parameters_on_meta():
+        with quiet(), _parameters_on_meta():
             # A copy: transformers writes the dtype and the attention into the configuration it is given.
             own = copy.deepcopy(config)
             model = AutoModelForCausalLM.from_config(own, attn_implementation="eager", dtype=torch.float32)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from dscompile.compiler.adapters import reference_attention
+from dscompile.compiler.quiet import quiet
 from dscompile.compiler.rotary import freeze_rotary
 from dscompile.compiler.source import ModelSource
 from dscompile.runtime.errors import UserError
@@ -38,7 +36,7 @@ def reference_logits(
 
 def _load(source: ModelSource, dtype: str) -> nn.Module:
     try:
-        with _quiet():
+        with quiet():
             model = AutoModelForCausalLM.from_pretrained(
                 source.directory,
                 dtype=getattr(torch, dtype),
@@ -49,19 +47,6 @@ def _load(source: ModelSource, dtype: str) -> nn.Module:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{source.name}: transformers cannot load it for the comparison: {reason}") from error
     return model.eval()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _fits(model: nn.Module, device: torch.device) -> bool:

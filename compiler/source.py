@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
+from dscompile.compiler.quiet import quiet
 from dscompile.runtime.errors import UserError
 
 CONFIG = "config.json"
@@ -69,7 +70,7 @@ def find_model(model: str | Path, weights: bool = True) -> ModelSource:
     path = Path(name).expanduser()
     if path.is_file():
         raise UserError(f"{name}: is a file; give the directory of the model, or a hub id")
-    if path.is_dir():
+    if name and path.is_dir():
         directory = path
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise UserError(f"{name or 'MODEL'}: no such directory")
@@ -105,7 +106,8 @@ def write_tokenizer(source: ModelSource, out: Path) -> bool:
     if not any((source.directory / name).is_file() for name in _SLOW_TOKENIZERS):
         return False
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.directory, local_files_only=True)
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source.directory, local_files_only=True)
         tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError):
         return False
@@ -115,7 +117,8 @@ def write_tokenizer(source: ModelSource, out: Path) -> bool:
 def _read_config(name: str, directory: Path) -> PretrainedConfig:
     _read_json(directory / CONFIG)
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        with quiet():
+            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # Configuration classes validate in their own ways; whatever they raise, the file is what is wrong.
         reason = " ".join(str(error).split())[:200]

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from dscompile.compiler.config import CompileConfig
+from dscompile.compiler.quiet import quiet
 from dscompile.compiler.source import ModelSource, find_model
 from dscompile.runtime.cpu_executor import available_bytes
 from dscompile.runtime.report import Report
@@ -42,9 +43,10 @@ def write_stand_in(source: ModelSource, report: Report, directory: Path) -> Iter
     num_layers = max([2, *(1 + c.layers[0] for c in report.classes if c.layers)])
     config = shrink(source.config, num_layers)
     with tempfile.TemporaryDirectory(prefix="stand-in-", dir=directory) as scratch:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        randomize(model)
-        model.save_pretrained(Path(scratch) / "model")
+        with quiet():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            randomize(model)
+            model.save_pretrained(Path(scratch) / "model")
         del model
         small = find_model(Path(scratch) / "model")
         name = f"a stand-in of {config.get_text_config(decoder=True).num_hidden_layers} layers with random weights"

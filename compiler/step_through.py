@@ -22,7 +22,8 @@ def decode_logits(engine: Engine, texts: list[list[int]]) -> list[Tensor]:
     tables = BlockTables(engine.plan, engine.executor.num_blocks)
     sequences = [Sequence(-1 - i, list(text), SamplingParams()) for i, text in enumerate(texts)]
     starts = [max(0, len(text) - DECODED) for text in texts]
-    for sequence, start in zip(sequences, starts, strict=True):
+    # Last first: other blocks than the engine gives these texts, so that neither run can live on the other's keys.
+    for sequence, start in reversed(list(zip(sequences, starts, strict=True))):
         assert tables.allocate(sequence.blocks, len(sequence.tokens)), "the pool was sized for these texts"
         _prefill(engine, sequence, start)
     rows: list[list[Tensor]] = [[] for _ in texts]

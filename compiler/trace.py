@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
@@ -15,6 +10,7 @@ from transformers import PretrainedConfig
 from dscompile.compiler.adapters import adapt
 from dscompile.compiler.attention import tracing, use_opaque_attention
 from dscompile.compiler.model import build_on_meta
+from dscompile.compiler.quiet import quiet
 from dscompile.compiler.rotary import freeze_rotary
 from dscompile.passes.check_tokens import check_tokens
 from dscompile.passes.graph import ModelGraph
@@ -62,7 +58,7 @@ def _export(model: nn.Module) -> torch.export.ExportedProgram:
     positions = torch.zeros(1, _EXAMPLE_TOKENS, dtype=torch.int64, device="meta")
     length = {1: torch.export.Dim.AUTO}
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             program = torch.export.export(
                 _Logits(model), (tokens, positions), dynamic_shapes=(length, length), strict=False
             )
@@ -76,18 +72,6 @@ def _export(model: nn.Module) -> torch.export.ExportedProgram:
             f"{type(model).__name__} cannot be traced: {type(error).__name__}: {reason}; if its attention is "
             f"hard-coded, write an adapter in compiler/adapters"
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 def _with_named_weights(

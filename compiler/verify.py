@@ -81,10 +81,14 @@ def check(verification: Verification) -> None:
 
 
 def measure(engine: Engine, prompts: list[list[int]]) -> Measured:
-    """Run prompts through an engine in the three ways in which it computes."""
+    """Run prompts through an engine in the three ways in which it computes.
+
+    Decode comes first: its cache must not hold, from an earlier run, what decoding failed to write.
+    """
+    decode = decode_logits(engine, prompts)
     return Measured(
         prefill=engine.logits(prompts),
-        decode=decode_logits(engine, prompts),
+        decode=decode,
         generated=[r.tokens for r in engine.generate(prompts, max_new_tokens=NEW_TOKENS, ignore_eos=True)],
     )
 
