@@ -30,9 +30,8 @@ def main() -> None:
             row["peers"] += measure_peer(name, how, args)
         rows.append(row)
         _show(row)
-        path = write_result(
-            args.name, {"command": f"python -m benchmarks.decode {_words(args)}", "models": rows}, args.out
-        )
+        result = {"command": f"python -m benchmarks.decode {_words(args)}", "models": rows}
+        path = write_result(args.name, result, args.out)
     print(path)
 
 
@@ -69,7 +68,7 @@ def compile_shapes(name: str, directory: Path, max_batch: int, max_seq_len: int)
         out,
         dtype=dtype,
         target="native",
-        dummy_weights="seed",
+        dummy_weights="generated",
         max_batch=max_batch,
         max_seq_len=max_seq_len,
         verify=False,
