@@ -38,7 +38,7 @@ def compile_kernels(
     progress:   called with the number of cubins that have just become ready
     provenance: kernel name -> lines for the head of its source (model, region, rule)
     File names in the result are relative to the parent of `kernels_dir`. Requests of one name count once.
-    Raises KernelError, naming the kernel, where one does not compile or asks for more shared memory than the target has.
+    Raises KernelError, naming the kernel, where one does not compile or does not fit the target's shared memory.
     """
     unique = {r.name: r for r in requests}
     kernels_dir.mkdir(parents=True, exist_ok=True)
@@ -204,7 +204,9 @@ def _to_cache(key: str, path: Path, facts: dict) -> None:
     try:
         _cache_dir().mkdir(parents=True, exist_ok=True)
         _replace(_cache_dir() / f"{key}.cubin", cubin)
-        _replace(_cache_dir() / f"{key}.json", json.dumps(facts | {"sha256": hashlib.sha256(cubin).hexdigest()}).encode())
+        _replace(
+            _cache_dir() / f"{key}.json", json.dumps(facts | {"sha256": hashlib.sha256(cubin).hexdigest()}).encode()
+        )
     except OSError:
         return  # a cache that cannot be written is no cache
 

@@ -105,9 +105,18 @@ def _bind_attention(
 
 
 def decode_request(
-    spec: Attention, operands: Operands, context: KernelContext, splits: int, min_tiles: int = 1
+    spec: Attention,
+    operands: Operands,
+    context: KernelContext,
+    splits: int,
+    keys: int = 0,
+    stages: int = 3,
+    num_warps: int = 4,
 ) -> tuple[KernelRequest, Arguments]:
-    """The kernel for steps in which every sequence has one token, and its arguments."""
+    """The kernel for steps in which every sequence has one token, and its arguments.
+
+    splits: parts a sequence's keys may be cut into; keys: of a step (0: by the width of a head)
+    """
     arguments = Arguments(operands)
     arguments.bind("in.q", "in.k", "in.v")
     _bind_norms(arguments, spec, "qk")
@@ -120,14 +129,13 @@ def decode_request(
     arguments.bind("blocks")
     group = spec.num_heads // spec.num_kv_heads
     use_dot = group > 1 or operands["in.q"].dtype != "float32"
-    keys = _keys(spec, operands, 64)
+    keys = keys or _keys(spec, operands, 64)
     numbers = _numbers(spec, operands, context) | _norm_numbers(spec)
-    numbers |= {"GP": max(16, next_power_of_2(group)) if use_dot else 1, "BN": keys, "SPLITS": splits, "STAGES": 3}
-    if splits > 1:
-        numbers["MIN_TILES"] = min_tiles
+    numbers |= {"GP": max(16, next_power_of_2(group)) if use_dot else 1, "BN": keys, "SPLITS": splits}
+    numbers["STAGES"] = stages
     structure = _structure(spec, operands) | {"use_dot": use_dot, "one_page": context.page_size % keys == 0}
     request = kernel_request(
-        "attention_decode", numbers, arguments.params, structure=structure, num_warps=4, num_stages=3
+        "attention_decode", numbers, arguments.params, structure=structure, num_warps=num_warps, num_stages=stages
     )
     return request, arguments
 

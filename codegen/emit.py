@@ -74,11 +74,15 @@ def render(request: KernelRequest, provenance: str = "") -> str:
     head = [f"{request.name}: template {request.template}.py.j2"]
     head += [line for line in provenance.splitlines() if line.strip()]
     constants = [f"{k} = tl.constexpr({v!r})" for k, v in numbers.items()]
-    body = _environment().get_template(f"{request.template}.py.j2").render(
-        **{**request.structure, **request.constexprs},
-        name=request.name,
-        params=", ".join(p.name for p in request.params),
-        pdl=request.pdl,
+    body = (
+        _environment()
+        .get_template(f"{request.template}.py.j2")
+        .render(
+            **{**request.structure, **request.constexprs},
+            name=request.name,
+            params=", ".join(p.name for p in request.params),
+            pdl=request.pdl,
+        )
     )
     lines = ['"""' + "\n".join(head) + '\n"""', ""]
     lines += ["import triton", "import triton.language as tl"]

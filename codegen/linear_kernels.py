@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dscompile.codegen.emit import KernelRequest, kernel_request
 from dscompile.codegen.operands import Arguments, KernelContext, Operands, ceil_div, next_power_of_2
@@ -13,6 +13,7 @@ from dscompile.runtime.plan import Case, Extent, Launch, Linear, Norm, Program, 
 # Ranges of T with a kernel each; the last number of a range is the tokens of its tile.
 TILE_RANGES = ((2, 8), (9, 16), (17, 32), (33, 64), (65, 128))
 LIBRARY_TOKENS = 129
+SEPARATE_NORM_TOKENS = 64
 
 
 @dataclass
@@ -36,8 +37,8 @@ def linear_program(
     cases = [Case(1, 1, (_row_launch(spec, operands, row_config(spec, dtype, context), draft),))]
     for low, high in TILE_RANGES:
         last = high == TILE_RANGES[-1][1] and not _uses_library(spec, operands)
-        config = tile_config(spec, dtype, high, context)
-        cases.append(Case(low, 0 if last else high, (_tile_launch(spec, operands, config, draft),)))
+        launches = _tile_launches(spec, operands, high, context, draft)
+        cases.append(Case(low, 0 if last else high, launches))
     if _uses_library(spec, operands):
         cases.append(Case(LIBRARY_TOKENS, 0, _library_launches(spec, operands, draft)))
     return Program(tuple(cases), tuple(draft.scratch.values())), tuple(draft.requests)
@@ -192,7 +193,7 @@ def tile_request(spec: Linear, operands: Operands, config: TileConfig) -> tuple[
     two_pass = _tile_takes_two_passes(spec.norm)
     structure = _structure(spec, operands, config.block_n, two_pass)
     tiles = structure["segments"][-1]["end"]
-    itemsize = {"float32": 4}.get(weight.dtype, 2)
+    itemsize = _itemsize(weight.dtype)
     pieces = max(1, 32 * config.num_warps // config.block_n)
     prefetch = min(config.prefetch, k_split, spec.in_features) // pieces * pieces
     piece = prefetch // pieces
@@ -234,6 +235,42 @@ def tile_request(spec: Linear, operands: Operands, config: TileConfig) -> tuple[
     return request, arguments, tiles
 
 
+def tile_spec(spec: Linear, tokens: int) -> Linear:
+    """What the tile kernel computes at `tokens`: past SEPARATE_NORM_TOKENS its rows come normalised.
+
+    The statistics of so many rows would take the registers that the product needs.
+    """
+    if tokens <= SEPARATE_NORM_TOKENS or spec.rows == "R":
+        return spec
+    return replace(spec, norm=None, post_norm=None, add=False, store=False)
+
+
+def _tile_launches(
+    spec: Linear, operands: Operands, tokens: int, context: KernelContext, draft: _Draft
+) -> tuple[Launch, ...]:
+    inner = tile_spec(spec, tokens)
+    config = tile_config(inner, operands["w.weight"].dtype, tokens, context)
+    if inner == spec:
+        return (_tile_launch(spec, operands, config, draft),)
+    prepare = _prepare_rows(spec, operands, draft)
+    rows = replace(operands["in.x"], stride=spec.in_features, aligned=True)
+    launch = _tile_launch(inner, {**operands, "in.x": rows}, config, draft)
+    args = tuple("scratch.rows" if a == "in.x" else a for a in launch.args)
+    return (prepare, replace(launch, args=args))
+
+
+def _prepare_rows(spec: Linear, operands: Operands, draft: _Draft) -> Launch:
+    """Launch a linear's prologue on its own, into scratch.rows."""
+    request, launch = row_norm_launch(spec, operands, spec.in_features)
+    draft.requests.append(request)
+    draft.reserve("rows", "T", _itemsize(operands["in.x"].dtype) * spec.in_features)
+    return launch
+
+
+def _itemsize(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
 def _tile_launch(spec: Linear, operands: Operands, config: TileConfig, draft: _Draft) -> Launch:
     request, arguments, tiles = tile_request(spec, operands, config)
     draft.requests.append(request)
@@ -251,19 +288,14 @@ def _tile_launch(spec: Linear, operands: Operands, config: TileConfig, draft: _D
 
 def _library_launches(spec: Linear, operands: Operands, draft: _Draft) -> tuple[Launch, ...]:
     launches, x = [], "in.x"
-    dtype = operands["in.x"].dtype
-    itemsize = 4 if dtype == "float32" else 2
-    if spec.norm or spec.post_norm or spec.add:
-        request, launch = row_norm_launch(spec, operands, spec.in_features)
-        draft.requests.append(request)
-        draft.reserve("rows", "T", itemsize * spec.in_features)
-        launches.append(launch)
+    if tile_spec(spec, LIBRARY_TOKENS) != spec:
+        launches.append(_prepare_rows(spec, operands, draft))
         x = "scratch.rows"
     only = spec.segments[0]
     plain = len(spec.segments) == 1 and only.activation == "none" and not only.gated
     if plain and not (spec.bias or spec.residuals or spec.softcap or spec.scale != 1.0):
         return (*launches, Launch("library", "mm", (x, "w.weight", "out.y0", "T")))
-    draft.reserve("product", "T", itemsize * spec.out_features)
+    draft.reserve("product", "T", _itemsize(operands["in.x"].dtype) * spec.out_features)
     launches.append(Launch("library", "mm", (x, "w.weight", "scratch.product", "T")))
     for i, segment in enumerate(spec.segments):
         request, launch = _epilogue_launch(spec, segment, i, operands)
@@ -280,7 +312,7 @@ def _epilogue_launch(spec: Linear, segment: Segment, index: int, operands: Opera
     if spec.bias:
         arguments.bind("w.bias")
     arguments.bind(*(f"in.residual{i}" for i in range(residuals)), f"out.y{index}")
-    params = tuple(_renamed(p, f"y{index}_ptr", "y_ptr") for p in arguments.params)
+    params = tuple(replace(p, name="y_ptr") if p.name == f"y{index}_ptr" else p for p in arguments.params)
     numbers = {"N": spec.out_features, "START": segment.start, "WIDTH": segment.width, "BLOCK": block}
     numbers |= {"Y_STRIDE": operands[f"out.y{index}"].stride, "SCALE": spec.scale, "SOFTCAP": spec.softcap}
     structure = {
@@ -293,7 +325,3 @@ def _epilogue_launch(spec: Linear, segment: Segment, index: int, operands: Opera
     request = kernel_request("epilogue", numbers, params, structure=structure, num_warps=4, num_stages=1)
     grid = (Extent(1, "T"), Extent(ceil_div(segment.width, block)))
     return request, Launch("kernel", request.name, arguments.args, grid)
-
-
-def _renamed(param, old: str, new: str):  # noqa: ANN001, ANN202
-    return type(param)(new, param.type, param.aligned) if param.name == old else param

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dscompile.codegen.emit import KernelRequest, kernel_request
 from dscompile.codegen.operands import Arguments, Operands, next_power_of_2
 from dscompile.runtime.plan import Case, Embed, Extent, Launch, Linear, Program, RowNorm
@@ -70,7 +72,7 @@ def row_norm_launch(
     else:
         arguments.bind(out)
         numbers["Y_STRIDE"] = operands[out].stride
-    params = tuple(type(p)("y_ptr", p.type, p.aligned) if p.name == "rows_ptr" else p for p in arguments.params)
+    params = tuple(replace(p, name="y_ptr") if p.name == "rows_ptr" else p for p in arguments.params)
     norms = [
         (n.kind if n else "", prefix, eps, bool(n and n.weight), bool(n and n.bias))
         for n, prefix, eps in ((post, "post_", "POST_EPS"), (spec.norm, "", "EPS"))

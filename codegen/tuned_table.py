@@ -79,14 +79,14 @@ def tile_config(spec: Linear, dtype: str, tokens: int, context: KernelContext) -
 
 
 def _measured(context: KernelContext, spec: Linear, dtype: str, tokens: int) -> dict | None:
-    """The fields of a measured configuration, where a single architecture is asked for and its table holds the shape."""
+    """The fields of a measured configuration, where one architecture is asked for and its table holds the shape."""
     if len(context.targets) != 1 or dtype == "float32":
         return None
     gated = any(s.gated for s in spec.segments)
     for entry in _table(context.targets[0]):
-        if entry["shape"] == [spec.out_features, spec.in_features] and entry["tokens"] == tokens:
-            if entry.get("gated", False) == gated:
-                return entry["config"]
+        same = entry["shape"] == [spec.out_features, spec.in_features] and entry.get("gated", False) == gated
+        if same and entry["tokens"] == tokens:
+            return entry["config"]
     return None
 
 

@@ -15,7 +15,9 @@ NAMES = {torch.float16: "float16", torch.float32: "float32", torch.int32: "int32
 TOLERANCE = {torch.float16: 1e-3, torch.float32: 2e-6}
 
 
-def context(targets: tuple[str, ...] = ("sm_90",), page_size: int = 16, groups: tuple[KVGroup, ...] = ()) -> KernelContext:
+def context(
+    targets: tuple[str, ...] = ("sm_90",), page_size: int = 16, groups: tuple[KVGroup, ...] = ()
+) -> KernelContext:
     return KernelContext(
         targets, page_size=page_size, max_seq_len=512, max_batch=16, max_step_tokens=256, kv_groups=groups
     )
@@ -31,9 +33,9 @@ def operands(tensors: dict[str, torch.Tensor]) -> dict[str, Operand]:
 
 def case_for(program: Program, count: int, decode: bool) -> Case:
     for case in program.cases:
-        if case.min_tokens <= count and (not case.max_tokens or count <= case.max_tokens):
-            if case.decode is None or case.decode == decode:
-                return case
+        fits = case.min_tokens <= count and (not case.max_tokens or count <= case.max_tokens)
+        if fits and case.decode in (None, decode):
+            return case
     raise AssertionError(f"no case for {count} rows")
 
 
@@ -44,7 +46,9 @@ def slice_of(rows: int, cols: int, dtype: torch.dtype, fill: float | None = None
     return wide[:, 8 : 8 + cols]
 
 
-def run(spec: Any, tensors: dict[str, torch.Tensor], step: dict[str, torch.Tensor], sizes: dict[str, int], **how: Any) -> None:
+def run(
+    spec: Any, tensors: dict[str, torch.Tensor], step: dict[str, torch.Tensor], sizes: dict[str, int], **how: Any
+) -> None:
     """Run the case of the spec's program that fits `sizes`; outputs in `tensors` are written in place, twice.
 
     The second run proves that counters in scratch memory are left as they were found.

@@ -28,9 +28,7 @@ SPECS = {
     "gated": Linear(K, 54, GATED, norm=RMS),
     "packed": Linear(K, 91, PACKED, norm=LAYER, bias=True),
     "add_store": Linear(K, N, PLAIN, norm=RMS, add=True, store=True),
-    "sandwich": Linear(
-        K, 54, GATED, norm=RMS, post_norm=Norm("rms", 1e-6, weight=True), add=True, store=True
-    ),
+    "sandwich": Linear(K, 54, GATED, norm=RMS, post_norm=Norm("rms", 1e-6, weight=True), add=True, store=True),
     "sandwich_layer": Linear(
         K, N, PLAIN, norm=LAYER, post_norm=Norm("layer", 1e-6, weight=True, bias=True), add=True, store=True
     ),

@@ -1,0 +1,79 @@
+"""Candidate configurations of the linear kernels, the most promising first, for a measurement to choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+from dscompile.codegen.operands import KernelContext, ceil_div
+from dscompile.codegen.tuned_table import RowConfig, TileConfig, num_sms
+from dscompile.runtime.plan import Linear
+
+# block_n, block_k, num_warps, prefetch, stages
+_ROWS = (
+    (2, 2048, 4, 2, 3),
+    (4, 1024, 4, 4, 3),
+    (4, 2048, 4, 1, 3),
+    (4, 1024, 4, 2, 3),
+    (4, 2048, 8, 2, 3),
+    (2, 2048, 4, 1, 3),
+    (2, 2048, 4, 4, 3),
+    (1, 4096, 4, 1, 3),
+    (2, 4096, 8, 1, 3),
+    (4, 2048, 4, 2, 0),
+    (2, 1024, 2, 4, 3),
+    (8, 1024, 8, 2, 3),
+    (8, 512, 4, 4, 3),
+    (4, 1024, 4, 1, 4),
+    (2, 2048, 4, 0, 3),
+    (4, 4096, 8, 1, 3),
+    (8, 1024, 8, 1, 4),
+    (1, 2048, 2, 2, 0),
+    (2, 4096, 4, 1, 3),
+    (16, 512, 8, 2, 3),
+)
+
+
+def row_candidates(spec: Linear) -> list[RowConfig]:
+    """Configurations for one row."""
+    least = 2 if any(s.gated for s in spec.segments) else 1
+    return [
+        RowConfig(n, k, warps, prefetch, stages)
+        for n, k, warps, prefetch, stages in _ROWS
+        if n >= least and k <= 2 * spec.in_features
+    ]
+
+
+def tile_candidates(spec: Linear, tokens: int, context: KernelContext) -> list[TileConfig]:
+    """Configurations for tiles of `tokens` tokens of 2-byte numbers.
+
+    Ordered by how far they are from what streams best by reckoning (about two programs a multiprocessor in all, and
+    the most bytes under way), but every size of tile comes once before any comes twice.
+    """
+    ranked = sorted(_tiles(spec, tokens, context), key=lambda scored: scored[0], reverse=True)
+    seen: dict[tuple, int] = {}
+    turns = []
+    for score, config in ranked:
+        size = (config.block_n, config.block_k, config.splits > 1)
+        turns.append((seen.get(size, 0), -score, config))
+        seen[size] = seen.get(size, 0) + 1
+    return [config for _, _, config in sorted(turns, key=lambda turn: turn[:2])]
+
+
+def _tiles(spec: Linear, tokens: int, context: KernelContext) -> Iterator[tuple[float, TileConfig]]:
+    sms = min(num_sms(t) for t in context.targets)
+    for n, k, splits, prefetch in product((16, 32, 64, 128), (64, 128, 256), (1, 2, 3, 4, 8), (0, 512)):
+        programs = ceil_div(spec.out_features, n) * splits
+        starved = programs < sms * 0.6 and splits < 8
+        if k * splits * 4 > spec.in_features or (splits > 1 and programs > 4 * sms) or starved:
+            continue
+        for stages, warps in product((3, 4, 5, 6, 8), (4, 8)):
+            shared = stages * 2 * k * (n + tokens)
+            if not 20_000 <= shared <= min(200_000, context.shared_budget - 8_192) or (warps == 8 and n < 128):
+                continue
+            resident = min(sms * max(1, 220_000 // shared), programs)
+            under_way = min(resident / sms * shared, 160_000) / 160_000
+            tail = programs / (resident * ceil_div(programs, resident))
+            penalty = 0.03 * (prefetch == 0) + 0.05 * (splits > 1) + 0.05 * (warps == 8 and tokens < 64)
+            score = under_way * (0.5 + 0.5 * tail) * n / (n + tokens) - penalty
+            yield score, TileConfig(n, tokens, k, warps, stages, splits, prefetch)

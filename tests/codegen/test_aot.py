@@ -1,0 +1,140 @@
+"""Ahead-of-time compilation: every kernel fits its targets, cubins are reproducible, mistakes are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dscompile.codegen.aot import KernelError, check_options, compile_kernels
+from dscompile.codegen.emit import KernelRequest, Param, kernel_request, render
+from dscompile.codegen.operands import KernelContext, Operand
+from dscompile.codegen.select import programs_for
+from dscompile.codegen.targets import shared_limit
+from dscompile.runtime.errors import UserError
+from dscompile.runtime.plan import Attention, Embed, KVGroup, Linear, Norm, RowNorm, Segment
+
+TARGETS = ("sm_80", "sm_90")
+DTYPE = "float16"
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def context(targets: tuple[str, ...] = TARGETS) -> KernelContext:
+    group = KVGroup(2, 2, 64, 64, DTYPE)
+    return KernelContext(targets, 16, max_seq_len=512, max_batch=8, max_step_tokens=256, kv_groups=(group,))
+
+
+def matrix(columns: int, dtype: str = DTYPE) -> Operand:
+    return Operand(dtype, columns, (0, columns))
+
+
+def row() -> tuple[Linear, dict[str, Operand]]:
+    spec = Linear(512, 768, (Segment(0, 768, "silu", gated=True),), norm=Norm("rms", 1e-5))
+    return spec, {"in.x": matrix(512), "w.weight": Operand(DTYPE, 512, (768, 512)), "out.y0": matrix(384)}
+
+
+def every_kind() -> list[tuple]:
+    layer = Norm("layer", 1e-5)
+    linear = Linear(512, 640, (Segment(0, 512), Segment(512, 640, "gelu_tanh")), norm=layer, bias=True)
+    packed = {
+        "in.x": matrix(512),
+        "w.weight": Operand(DTYPE, 512, (640, 512)),
+        "w.bias": Operand(DTYPE, 1, (640,)),
+        "w.row_sum": Operand("float32", 1, (640,)),
+        "out.y0": matrix(512),
+        "out.y1": matrix(128),
+    }
+    attention = Attention(4, 2, 64, 64, 0.125, 0, 0, rotary_dim=64)
+    heads = {"in.q": matrix(256), "in.k": matrix(128), "in.v": matrix(128), "out.y": matrix(256)}
+    heads |= {f"w.rope_{f}": Operand("float32", 32, (512, 32)) for f in ("cos", "sin")}
+    table = {"w.table": Operand(DTYPE, 512, (999, 512)), "out.y": matrix(512)}
+    norm = {"in.x": matrix(512), "out.y": matrix(512)}
+    return [row(), (linear, packed), (attention, heads), (Embed(), table), (RowNorm(Norm("rms", 1e-5)), norm)]
+
+
+def test_every_template_compiles_within_the_targets_limits(tmp_path: Path) -> None:
+    requests = [r for spec, operands in every_kind() for r in programs_for(spec, operands, context())[1]]
+    kernels = compile_kernels(requests, TARGETS, tmp_path / "out" / "kernels")
+    assert {k.template for k in kernels.values()} >= {"linear_row", "linear_tile", "attention_decode", "embed"}
+    for name, kernel in kernels.items():
+        for target, cubin in kernel.cubins.items():
+            assert (tmp_path / "out" / cubin.file).stat().st_size > 0
+            assert cubin.shared <= shared_limit((target,)), name
+            assert kernel.template != "linear_row" or cubin.spills == 0, name
+            assert cubin.pdl == (target == "sm_90")
+        assert (tmp_path / "out" / kernel.source).read_text().startswith('"""')
+
+
+def test_cubins_are_the_same_bytes_in_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = programs_for(*row(), context())[1][:2]
+    for place in ("one", "two"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{place}"))
+        compile_kernels(requests, TARGETS, tmp_path / place / "kernels")
+    first = {p.name: p.read_bytes() for p in (tmp_path / "one" / "kernels").iterdir()}
+    assert first == {p.name: p.read_bytes() for p in (tmp_path / "two" / "kernels").iterdir()}
+    assert len(first) == 2 * (1 + len(TARGETS))
+
+
+def test_a_second_compilation_takes_cubins_from_the_cache(tmp_path: Path) -> None:
+    from dscompile.codegen import aot
+
+    request = programs_for(*row(), context(("sm_90",)))[1][:1]
+    first = compile_kernels(request, ("sm_90",), tmp_path / "one" / "kernels")
+    before = aot._Workers.run
+    aot._Workers.run = lambda *_, **__: {"error": "compiled again"}  # type: ignore[method-assign]
+    try:
+        assert compile_kernels(request, ("sm_90",), tmp_path / "two" / "kernels") == first
+    finally:
+        aot._Workers.run = before  # type: ignore[method-assign]
+
+
+def test_a_misspelt_option_is_refused() -> None:
+    with pytest.raises(KernelError, match="no compile option 'num_warp'"):
+        check_options({"num_warp": 4})
+
+
+def test_too_much_shared_memory_is_refused(tmp_path: Path) -> None:
+    spec, operands = row()
+    from dscompile.codegen.linear_kernels import tile_request
+    from dscompile.codegen.tuned_table import TileConfig
+
+    request = tile_request(spec, operands, TileConfig(block_n=128, block_t=64, block_k=128, stages=4))[0]
+    with pytest.raises(KernelError, match="bytes of shared memory, sm_86 has 101376"):
+        compile_kernels([request], ("sm_86",), tmp_path / "kernels")
+
+
+def test_a_kernel_that_does_not_compile_is_named(tmp_path: Path) -> None:
+    good = programs_for(*row(), context(("sm_90",)))[1][0]
+    bad = KernelRequest("bad", good.template, good.constexprs, good.params[:-1], structure=good.structure)
+    with pytest.raises(KernelError, match="bad does not compile for sm_90"):
+        compile_kernels([bad], ("sm_90",), tmp_path / "kernels")
+
+
+def test_equal_kernels_share_a_name_and_different_ones_do_not() -> None:
+    spec, operands = row()
+    first, again = (programs_for(spec, operands, context())[1] for _ in range(2))
+    assert [r.name for r in first] == [r.name for r in again]
+    unaligned = {**operands, "in.x": Operand(DTYPE, 512, (0, 512), aligned=False)}
+    assert programs_for(spec, unaligned, context())[1][0].name != first[0].name
+
+
+def test_a_source_tells_where_it_comes_from() -> None:
+    request = kernel_request(
+        "embed",
+        {"D": 8, "BLOCK": 8, "Y_STRIDE": 8, "SCALE": 1.0},
+        (Param("tokens_ptr", "*i32"), Param("table_ptr", "*fp16"), Param("y_ptr", "*fp16")),
+        structure={"positions": False, "norm": "", "norm_weight": False, "norm_bias": False},
+    )
+    text = render(request, "model: tiny\nregion: embed")
+    assert text.startswith(f'"""{request.name}: template embed.py.j2\nmodel: tiny\nregion: embed\n"""')
+    assert "D = tl.constexpr(8)" in text
+    compile(text, "kernel.py", "exec")
+
+
+def test_an_unknown_target_is_refused() -> None:
+    with pytest.raises(UserError, match="unknown target 'sm_91'"):
+        shared_limit(("sm_91",))
