@@ -13,6 +13,7 @@ from dscompile.runtime import ops
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.executor import Batch, BatchRow, StepInputs, StepResult, max_logit_rows
 from dscompile.runtime.kv_cache import KVPool, dtype_of, size_pools
+from dscompile.runtime.ops_linear import PackedWeights
 from dscompile.runtime.plan import Buffer, Linear, Plan, Ref, Sample, Step
 from dscompile.runtime.sampler import sample_row
 
@@ -44,6 +45,7 @@ class CpuExecutor:
             "T": torch.empty(arena_row_bytes(plan, "T") * plan.max_step_tokens, dtype=torch.uint8),
             "R": torch.empty(arena_row_bytes(plan, "R") * self.max_logit_rows, dtype=torch.uint8),
         }
+        self._packed = PackedWeights()
         self._prepared: OrderedDict[tuple[int, int], tuple[list[ops.Run], torch.Tensor]] = OrderedDict()
 
     def launch(self, batch: Batch) -> Done:
@@ -147,6 +149,7 @@ class CpuExecutor:
             {role: _view(views, ref) for role, ref in step.outputs.items()},
             {role: self.weights[name] for role, name in step.weights.items()},
             None if group is None else self.pools[group],
+            self._packed,
         )
 
     def _buffer(self, buffer: Buffer, rows: int) -> torch.Tensor:
