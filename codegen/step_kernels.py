@@ -6,7 +6,7 @@ from dscompile.codegen.emit import KernelRequest, Param, kernel_request
 from dscompile.runtime.cuda_state import MAX_EOS_IDS, StateLayout
 from dscompile.runtime.plan import Case, Extent, Launch, Plan, Program, Sample, Scratch
 
-BLOCK = 2048  # vocabulary ids of a program
+BLOCK = 2048  # vocabulary ids of a program, at most
 CHUNK = 256  # ids that are compared with all thresholds at a time
 WAYS = 16  # parts into which one launch divides the interval of a threshold
 PASSES = 8  # launches until an interval of 2^31 is down to one: ceil(... ceil(2^31 / 16) ... / 16) = 1
@@ -70,12 +70,13 @@ class _Sampling:
     """The programs that choose tokens from logits [R, V] whose rows are `stride` elements apart."""
 
     def __init__(self, plan: Plan, stride: int) -> None:
-        self._splits = -(-plan.vocab_size // BLOCK)
+        block = min(BLOCK, max(CHUNK, 1 << (plan.vocab_size - 1).bit_length()))
+        self._splits = -(-plan.vocab_size // block)
         self._seen_words = StateLayout.of(plan).seen_words
         self._constants = {
             "V": plan.vocab_size,
             "STRIDE": stride,
-            "BLOCK": BLOCK,
+            "BLOCK": block,
             "SPLITS": self._splits,
             "SPLITS_POW2": 1 << (self._splits - 1).bit_length(),
         }
