@@ -10,7 +10,7 @@ DEMO_PROMPT ?= The function returns
 TESTS ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint types format clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -25,10 +25,12 @@ demo: .venv/compiler.done ## compile the example model, generate text, print the
 test: .venv/dev.done lint ## run the linters and the whole CPU test suite
 	$(BIN)/python -m pytest -n $(or $(WORKERS),2) -m "not gpu and not multigpu" $(TESTS)
 
-lint: .venv/dev.done ## check style, import directions and types
+lint: .venv/dev.done ## check style and import directions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
+
+types: .venv/dev.done ## check types
 	$(BIN)/mypy
 
 format: .venv/dev.done ## rewrite the sources in the project's style

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -69,16 +69,22 @@ def kernel_times(engine: Any, batch: int, prompt_tokens: int, steps: int = 16) -
         raise UserError("--kernels times GPU kernels; this engine runs on the CPU (leave --kernels out)")
     prompts = _prompts(engine.plan, batch, prompt_tokens)
     long, short = (_profile(engine, prompts, n + 1) for n in (2 * steps, steps))
-    rows = []
+    per_step: dict[str, tuple[float, float]] = {}
     for name, (count, total) in long.items():
         short_count, short_total = short.get(name, (0, 0.0))
-        launches, microseconds = (count - short_count) / steps, (total - short_total) / steps
-        if launches > 0:
-            rows.append({"kernel": name, "launches_per_step": launches, "us_per_step": microseconds})
-    whole = sum(row["us_per_step"] for row in rows) or 1.0
-    for row in rows:
-        row |= {"us_each": row["us_per_step"] / row["launches_per_step"], "share": row["us_per_step"] / whole}
-    return sorted(rows, key=lambda row: -row["us_per_step"])
+        if count > short_count:
+            per_step[name] = (count - short_count) / steps, (total - short_total) / steps
+    whole = sum(time for _, time in per_step.values()) or 1.0
+    return [
+        {
+            "kernel": name,
+            "launches_per_step": launches,
+            "us_each": time / launches,
+            "us_per_step": time,
+            "share": time / whole,
+        }
+        for name, (launches, time) in sorted(per_step.items(), key=lambda item: -item[1][1])
+    ]
 
 
 def _measure(
@@ -128,9 +134,9 @@ def _generate(engine: Any, prompts: list[list[int]], new_tokens: int) -> None:
 
 
 def _seconds(function: Callable[[], None]) -> float:
-    start = time.perf_counter()
+    start = perf_counter()
     function()
-    return time.perf_counter() - start
+    return perf_counter() - start
 
 
 def _profile(engine: Any, prompts: list[list[int]], new_tokens: int) -> dict[str, tuple[int, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from dscompile.runtime import command
@@ -17,11 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
     # Imported by command: `dsrun report` and `dsrun --help` should not wait for torch.
-    if args.command in ("generate", "perplexity", "bench"):
-        from dscompile.runtime import cli_execute as commands
-    else:
-        from dscompile.runtime import cli_inspect as commands
-    return getattr(commands, args.command)(args)
+    module = "cli_execute" if args.command in ("generate", "perplexity", "bench") else "cli_inspect"
+    return getattr(import_module(f"dscompile.runtime.{module}"), args.command)(args)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -97,6 +97,8 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         if layer_class.near_misses:
             yield Padding(_near_misses(layer_class.near_misses), (0, 0, 0, 2))
     yield Text()
+    if not any(region.kernels for c in report.classes for region in c.regions):
+        yield Text.assemble(("Kernels ", "bold"), "none for this target: the runtime executes each region itself")
     yield _fallbacks(report)
     yield _verification(report.verification)
     if report.quantization:
@@ -111,30 +113,33 @@ def _heading(report: Report) -> Text:
 
 
 def _regions(layer_class: LayerClass) -> Table:
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim", pad_edge=False)
+    """A row per step. Launches and time have columns only where there are any."""
+    launched = any(region.kernels for region in layer_class.regions)
     timed = any(region.time_us for region in layer_class.regions)
-    for column in ("region", "rule", "nodes taken"):
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim", pad_edge=False)
+    for column in ("region", "rule", "nodes taken", *(["launches by tokens"] if launched else [])):
         table.add_column(column)
-    table.add_column("launches by tokens")
-    table.add_column("saved/token", justify="right")
-    if timed:
-        table.add_column("time", justify="right")
+    for column in ("saved/token", *(["time"] if timed else [])):
+        table.add_column(column, justify="right")
     for names, region in layer_class.steps():
         row = [
             Text(" + ".join(names), style="cyan"),
             Text(region.rule),
-            " ".join(op if n == 1 else f"{op}\u00d7{n}" for op, n in ops_taken(region)),
-            Text(_launches(region), style="" if region.kernels else "dim"),
-            format_bytes(region.bytes_saved) if region.bytes_saved else "-",
+            Text(" ".join(op if n == 1 else f"{op}\u00d7{n}" for op, n in ops_taken(region))),
         ]
-        table.add_row(*row, *([_time(region)] if timed else []))
+        if launched:
+            row.append(Text(_launches(region)))
+        row.append(Text(format_bytes(region.bytes_saved) if region.bytes_saved else "-"))
+        if timed:
+            row.append(Text(_time(region)))
+        table.add_row(*row)
     return table
 
 
 def _launches(region: Region) -> str:
     counts = launches_by_range(region)
     if not counts:
-        return "reference"
+        return "-"
     if len(counts) == 1:
         return f"{counts[0][1]}"
     return "  ".join(f"{tokens}: {n}" for tokens, n in counts)
