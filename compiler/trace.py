@@ -62,7 +62,8 @@ def _export(model: nn.Module) -> torch.export.ExportedProgram:
             program = torch.export.export(
                 _Logits(model), (tokens, positions), dynamic_shapes=(length, length), strict=False
             )
-            return program.run_decompositions({})
+            # Decomposing traces again; what it removes, and the passes do not know, are operators that write in place.
+            return program.run_decompositions({}) if _writes_in_place(program) else program
     except UserError:
         raise
     except Exception as error:
@@ -72,6 +73,11 @@ def _export(model: nn.Module) -> torch.export.ExportedProgram:
             f"{type(model).__name__} cannot be traced: {type(error).__name__}: {reason}; if its attention is "
             f"hard-coded, write an adapter in compiler/adapters"
         ) from error
+
+
+def _writes_in_place(program: torch.export.ExportedProgram) -> bool:
+    targets = {n.target for n in program.graph.nodes if n.op == "call_function"}
+    return any(t._schema.is_mutable for t in targets if isinstance(t, torch._ops.OpOverload))
 
 
 def _with_named_weights(
@@ -135,8 +141,9 @@ def _simplify(graph: ModelGraph) -> None:
         elif node.op == "call_function" and _is_identity(node):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
-        elif node.target is _aten._unsafe_view.default:
-            node.target = _aten.view.default
+        elif node.target in (_aten.view.default, _aten._unsafe_view.default):
+            # Passes drop copies, and unlike a view a reshape does not ask how its input lies in memory.
+            node.target = _aten.reshape.default
         elif "device" in node.kwargs:
             node.update_kwarg("device", torch.device("cpu"))
     (output,) = (n for n in graph.graph.nodes if n.op == "output")
@@ -156,10 +163,8 @@ def _is_identity(node: fx.Node) -> bool:
     match node.target:
         case _aten.alias.default | _aten.detach.default | _aten.detach_.default | _aten.lift_fresh_copy.default:
             return True
-        case _aten.dropout.default | _aten.lift_fresh.default:
+        case _aten.dropout.default | _aten.lift_fresh.default | _aten.clone.default | _aten.contiguous.default:
             return True
-        case _aten.clone.default | _aten.contiguous.default:
-            return before.is_contiguous()
         case _aten.to.dtype | _aten.to.dtype_layout | _aten.to.device | _aten._to_copy.default | _aten.type_as.default:
             return value.dtype == before.dtype
         case _aten.slice.Tensor | _aten.expand.default | _aten.view.default | _aten.reshape.default:

@@ -30,6 +30,7 @@ RESHAPES = {
     aten.squeeze.dims,
     aten.unsqueeze.default,
     aten.flatten.using_ints,
+    aten.unflatten.int,
     aten.expand.default,
 }
 CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}

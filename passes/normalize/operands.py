@@ -25,6 +25,7 @@ LAYOUT = {
     aten.reshape.default,
     aten._unsafe_view.default,
     aten.flatten.using_ints,
+    aten.unflatten.int,
     aten.transpose.int,
     aten.permute.default,
     aten.slice.Tensor,
