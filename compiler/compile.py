@@ -10,6 +10,7 @@ from dscompile.codegen.aot import compile_kernels
 from dscompile.compiler.checkpoint import Checkpoint
 from dscompile.compiler.config import CompileConfig, parse_config, resolve_dtype, resolve_limits
 from dscompile.compiler.facts import count_parameters, make_manifest, model_name, report_facts
+from dscompile.compiler.measure import measure_regions
 from dscompile.compiler.model import build_on_meta
 from dscompile.compiler.progress import Progress, Silent
 from dscompile.compiler.report import collect_report, require_fusion
@@ -67,6 +68,8 @@ def _compile(source: ModelSource, config: CompileConfig, directory: Path, progre
     manifest = write_manifest(directory, make_manifest(source, config, plan, dtype, num_params))
 
     report = dataclasses.replace(report, verification=_verify(source, config, directory, report, num_params, progress))
+    if config.targets and config.verify:
+        report = measure_regions(report, directory)
     write_json(directory / "report.json", report.to_json())
     write_html(report, directory / "report.html")
     write_manifest(directory, manifest)
