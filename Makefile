@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_MODEL ?= examples/models/nano-llama
 DEMO_OUT ?= out/nano-llama
-DEMO_PROMPT ?= The function returns
+DEMO_PROMPT ?= def main(argv):
 TESTS ?= tests
 
 .DEFAULT_GOAL := help
@@ -18,7 +18,7 @@ help: ## list these commands
 demo: .venv/compiler.done ## compile the example model, generate text, print the fusion report
 	$(BIN)/dscompile $(DEMO_MODEL) -o $(DEMO_OUT) --force
 	@echo
-	$(BIN)/dsrun generate $(DEMO_OUT) -p "$(DEMO_PROMPT)" --max-new-tokens 60
+	$(BIN)/dsrun generate $(DEMO_OUT) -p "$(DEMO_PROMPT)" --max-new-tokens 60 --temperature 0.6 --top-p 0.9 --seed 3
 	@echo
 	$(BIN)/dsrun report $(DEMO_OUT)
 
