@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dscompile.compiler.report_names import activation_names
-from dscompile.passes.lower.lower import Lowered, RegionRecord
+from dscompile.passes.lower.lower import ITEM_SIZE, Lowered, RegionRecord
 from dscompile.passes.runner import PassRecord
 from dscompile.runtime.errors import UserError
-from dscompile.runtime.plan import Aten, Plan, Program, Sample, Step
+from dscompile.runtime.plan import Aten, Attention, Plan, Program, Sample, Step
 from dscompile.runtime.report import (
     Fallback,
     LayerClass,
@@ -79,6 +80,8 @@ def _regions(
 ) -> Iterable[Region]:
     """One record for each name that a region is listed under."""
     inputs, outputs = names[step.name]
+    if isinstance(step.spec, Attention):
+        record = _with_absorbed(record, step.spec, plan.buffers[step.inputs["q"].buffer].dtype)
     program = plan.programs.get(GREEDY if isinstance(step.spec, Sample) else step.program)
     for name in record.names:
         yield Region(
@@ -91,6 +94,25 @@ def _regions(
             bytes_saved=record.saved,
             step=step.name.removeprefix(f"layers.{step.layer}."),
         )
+
+
+def _with_absorbed(record: RegionRecord, spec: Attention, dtype: str) -> RegionRecord:
+    """An attention's record with the work that normalising moved into it: norms of q and k, rotation, cache append."""
+    widths = {"q": spec.num_heads * spec.head_dim, "k": spec.num_kv_heads * spec.head_dim}
+    normed = [name for name, norm in (("q", spec.q_norm), ("k", spec.k_norm)) if norm]
+    rotated = ["q", "k"] if spec.rotary_dim else []
+    appended = widths["k"] + spec.num_kv_heads * spec.v_head_dim
+    nodes = (
+        *((f"{name}_norm", "norm", f"[1, T, {widths[name]}]") for name in normed),
+        *((f"rotate_{name}", "rope", f"[1, T, {widths[name]}]") for name in rotated),
+        ("cache", "append", f"[1, T, {appended}]"),
+    )
+    # Each of them would have written its row for the next to read.
+    saved = 2 * ITEM_SIZE[dtype] * sum(widths[name] for name in (*normed, *rotated))
+    rules = (*(["norm(q), norm(k)"] if normed else []), *(["rope(q), rope(k)"] if rotated else []), "append(k, v)")
+    return dataclasses.replace(
+        record, took=(*nodes, *record.took), saved=record.saved + saved, rules=record.rules or (*rules, "attend")
+    )
 
 
 def kernels_by_range(program: Program) -> dict[str, tuple[str, ...]]:
