@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,6 +48,7 @@ class CpuExecutor:
             "R": torch.empty(arena_row_bytes(plan, "R") * self.max_logit_rows, dtype=torch.uint8),
         }
         self._packed = PackedWeights()
+        self._tables: tuple[list[list[list[int]]], list[torch.Tensor], dict[Any, Any]] = [], [], {}
         self._prepared: OrderedDict[tuple[int, int], tuple[list[ops.Run], torch.Tensor]] = OrderedDict()
 
     def launch(self, batch: Batch) -> Done:
@@ -88,9 +91,10 @@ class CpuExecutor:
             contexts.append(end)
             logit_rows.extend(range(len(tokens) - row.num_logits, len(tokens)))
         self._check_size(len(rows), len(tokens), len(logit_rows))
-        tables, slots = [], []
-        for group in range(len(self.plan.kv_groups)):
+        slots, tables = [], []
+        for group, pool in enumerate(self.pools):
             held = [row.sequence.blocks[group] for row in rows]
+            _clear_new_blocks(pool, held, rows, contexts)
             slots.append([
                 table[p // page] * page + p % page
                 for table, a, b in zip(held, starts, starts[1:], strict=False)
@@ -98,16 +102,19 @@ class CpuExecutor:
             ])  # fmt: skip
             width = max(map(len, held))
             tables.append([table + [0] * (width - len(table)) for table in held])
+        if tables != self._tables[0]:
+            self._tables = tables, [torch.tensor(t) for t in tables], {}
         return StepInputs(
             tokens=torch.tensor(tokens),
             positions=torch.tensor(positions),
             seq_starts=torch.tensor(starts),
             context_lens=torch.tensor(contexts),
             logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
-            block_tables=[torch.tensor(t) for t in tables],
+            block_tables=self._tables[1],
             slots=[torch.tensor(s) for s in slots],
             starts=starts,
             contexts=contexts,
+            table_cache=self._tables[2],
         )
 
     def _check_size(self, num_rows: int, num_tokens: int, num_logits: int) -> None:
@@ -166,6 +173,15 @@ class Done:
 
     def wait(self) -> StepResult:
         return self.result
+
+
+def _clear_new_blocks(pool: KVPool, tables: list[list[int]], rows: Seq[BatchRow], contexts: list[int]) -> None:
+    """Zero the blocks that the step begins and does not fill: masked products never meet what was left there."""
+    page = pool.page_size
+    for table, row, context in zip(tables, rows, contexts, strict=True):
+        last = context // page
+        if context % page and last * page >= row.start:
+            pool.data[table[last]].zero_()
 
 
 def _view(views: dict[str, torch.Tensor], ref: Ref) -> torch.Tensor:

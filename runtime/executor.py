@@ -53,7 +53,8 @@ class StepInputs:
     tokens [T], positions [T], seq_starts [B + 1] (first token of each sequence, then T), context_lens [B] (this
     step's tokens included), logit_rows [R] (rows of T); per KV group block_tables[g] [B, blocks] and slots[g] [T]
     (block * page_size + offset in the block; -1: not written). All int64 on the CPU.
-    starts, contexts: seq_starts and context_lens on the host. cache: what ops share within the step.
+    starts, contexts: seq_starts and context_lens on the host.
+    cache: what ops share within the step. table_cache: what they derive from the block tables alone.
     """
 
     tokens: torch.Tensor
@@ -66,6 +67,7 @@ class StepInputs:
     starts: list[int]
     contexts: list[int]
     cache: dict[Any, Any] = field(default_factory=dict)
+    table_cache: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
