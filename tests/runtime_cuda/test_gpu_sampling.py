@@ -1,0 +1,62 @@
+"""The sampling kernels on a GPU at the vocabulary of a real model, against the reference."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import pytest
+import torch
+
+from dscompile.runtime.kernels import Sizes
+from tests.runtime_cuda.sampling import MAX_BATCH, OPTIONS, Sampler, expected, sequence
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("vocab", [128256, 50257])
+def test_sampling_equals_the_reference(tmp_path, target, summary, vocab):
+    sampler = Sampler(tmp_path, vocab, target=target)
+    torch.manual_seed(vocab)
+    same = total = 0
+    for n, options in enumerate(OPTIONS):
+        sequences = [
+            sequence(i, [3, 7, vocab - 1], list(range(10, 10 + i)), eos=[i + 20, 5], **options)
+            for i in range(MAX_BATCH)
+        ]
+        logits = torch.randn(MAX_BATCH, vocab) * (1 + n % 3)
+        logits[:, 5] = 16.0
+        tokens, logprobs = sampler(logits, sequences, "step.sample")
+        same += sum(a == b for a, b in zip(tokens, expected(logits, sequences), strict=True))
+        total += MAX_BATCH
+        wanted = logits.double().log_softmax(-1)[range(MAX_BATCH), tokens]
+        torch.testing.assert_close(torch.tensor(logprobs).double(), wanted, atol=1e-4, rtol=1e-4)
+    summary(f"vocabulary {vocab}: {same} of {total} sampled tokens are the reference's")
+    assert same >= total - 1  # logarithms and exponentials of the two may differ in the last bit
+
+
+@pytest.mark.parametrize("vocab", [1, 533, 128256])
+def test_greedy_takes_the_best(tmp_path, target, vocab):
+    sampler = Sampler(tmp_path, vocab, cols=vocab + 3, target=target)
+    logits = torch.randn(MAX_BATCH, vocab) * 4
+    logits[0, vocab // 3] = logits[0, -1] = 99.0
+    tokens, _ = sampler(logits, [sequence(i, [0]) for i in range(MAX_BATCH)], "step.sample_greedy")
+    assert tokens == logits.argmax(-1).tolist()
+    assert tokens[0] == vocab // 3
+
+
+def test_time_of_sampling(tmp_path, target, summary):
+    """Replays of the captured programs at batch 1 and a vocabulary of 128256."""
+    sampler = Sampler(tmp_path, 128256, target=target)
+    sampler(torch.randn(1, 128256), [sequence(0, [1], temperature=1.0, top_k=50, top_p=0.9)], "step.sample")
+    stream, sizes = sampler.device.stream, Sizes(1, 1, 1, 16)
+    for program in ("step.sample_greedy", "step.sample"):
+        launch = partial(sampler.bound.eager(program).launch, sizes, True, stream)
+        with sampler.device.active():
+            replay = sampler.device.capture(launch)
+            sampler.device.synchronize()
+            start = time.perf_counter()
+            for _ in range(200):
+                replay()
+        sampler.device.synchronize()
+        summary(f"{program}: {(time.perf_counter() - start) / 200 * 1e6:.1f} us at batch 1, vocabulary 128256")
