@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,18 @@ def test_sources_hold_no_traces(pattern: str) -> None:
         if path.is_file() and path.suffix in {".py", ".md", ".j2", ".html", ".toml", ".json", ""}:
             text = path.read_text(encoding="utf-8", errors="ignore")
             assert not re.search(pattern, text), f"{name} holds {pattern}"
+
+
+def test_every_package_and_data_file_is_installed() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {
+        ".".join(["dscompile", *path.parent.relative_to(ROOT).parts])
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("__init__.py")
+    }
+    assert found == set(config["packages"])
+    for package, patterns in config["package-data"].items():
+        folder = ROOT / package.removeprefix("dscompile.")
+        installed = {path for pattern in patterns for path in folder.glob(pattern)}
+        data = {p for p in folder.rglob("*") if p.is_file() and p.suffix in {".j2", ".html", ".json"}}
+        assert installed == data
