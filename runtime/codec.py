@@ -1,4 +1,4 @@
-"""Frozen dataclasses to JSON and back, strictly: an unknown, missing or ill-typed field is an error that names its path."""
+"""Frozen dataclasses to JSON and back, strictly: an unknown, missing or ill-typed field is an error with its path."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: Any, data: Any, path: str = "") -> Any:
-    """Build a value of type `kind` (a dataclass, a union of dataclasses, tuple, dict, Literal or scalar) from JSON data."""
+    """Build a value of type `kind` (dataclass, union of dataclasses, tuple, dict, Literal or scalar) from JSON data."""
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
         return data

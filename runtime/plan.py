@@ -160,7 +160,7 @@ class Aten:
 
 @dataclass(frozen=True)
 class Sample:
-    """Choose a token for each row of logits [R, V] float32. in: logits. Its tokens belong to the step, not to a buffer."""
+    """Choose a token for each row of logits [R, V] float32. in: logits. Tokens belong to the step, not to a buffer."""
 
 
 Spec = Embed | Linear | Attention | RowNorm | Aten | Sample
@@ -211,7 +211,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Extent:
-    """A grid dimension: factor * ceil(symbol / divisor) + plus * B (symbol "1" counts one; plus bounds ragged tiles)."""
+    """A grid dimension: factor * ceil(symbol / divisor) + plus * B ("1" counts one; plus bounds ragged tiles)."""
 
     factor: int = 1
     symbol: Symbol = "1"
@@ -228,7 +228,7 @@ class Launch:
       scratch.NAME              scratch memory of the program
       kv                        this layer's part of block 0 in the pool of the step's KV group (pool base + index *
                                 bytes of one layer in a block), so that layers of one class share a kernel
-      step.NAME                 tokens positions seq_starts context_lens logit_rows block_table slots ... (int32, device)
+      step.NAME                 tokens positions seq_starts context_lens logit_rows block_table slots ... (int32)
       T B R                     sizes, int32;  blocks: row stride of step.block_table, int32
     """
 
@@ -250,7 +250,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Memory a program needs while it runs: bytes * rows(symbol); zeroed once at load if `zeroed` (kernels restore it)."""
+    """Memory a program needs while it runs: bytes * rows(symbol); if `zeroed`, zeroed at load (kernels restore it)."""
 
     name: str
     symbol: Symbol
