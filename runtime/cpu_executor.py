@@ -95,11 +95,13 @@ class CpuExecutor:
         for group, pool in enumerate(self.pools):
             held = [row.sequence.blocks[group] for row in rows]
             _clear_new_blocks(pool, held, rows, contexts)
-            slots.append([
-                table[p // page] * page + p % page
-                for table, a, b in zip(held, starts, starts[1:], strict=False)
-                for p in positions[a:b]
-            ])  # fmt: skip
+            slots.append(
+                [
+                    table[p // page] * page + p % page
+                    for table, row, end in zip(held, rows, contexts, strict=True)
+                    for p in range(row.start, end)
+                ]
+            )
             width = max(map(len, held))
             tables.append([table + [0] * (width - len(table)) for table in held])
         if tables != self._tables[0]:

@@ -115,6 +115,11 @@ class BlockTables:
         self.page_size = plan.page_size
         self.groups = plan.kv_groups
         self.allocators = [BlockAllocator(n) for n in num_blocks]
+        self._has_windows = any(g.window or g.chunk for g in plan.kv_groups)
+
+    def holds(self, tables: list[list[int]], num_tokens: int) -> bool:
+        """Whether a sequence's tables reach num_tokens already."""
+        return bool(tables) and len(tables[0]) * self.page_size >= num_tokens
 
     def allocate(self, tables: list[list[int]], num_tokens: int) -> bool:
         """Extend a sequence's tables to hold num_tokens; False, with nothing changed, if a pool has too few blocks."""
@@ -142,6 +147,8 @@ class BlockTables:
 
     def free_behind(self, tables: list[list[int]], position: int) -> None:
         """Take back the blocks that no query at `position` or later can see."""
+        if not self._has_windows:
+            return
         for group, table, allocator in zip(self.groups, tables, self.allocators, strict=False):
             first = first_visible(group, position)
             for i in range(min(first // self.page_size, len(table)) - 1, -1, -1):

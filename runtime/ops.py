@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.executor import StepInputs
@@ -91,10 +90,13 @@ def _bind_embed(spec: Embed, outputs: Tensors, weights: Tensors) -> Run:
     dtype = compute_dtype(table)
     norm = bind_norm(spec.norm, weights, "norm", dtype)
 
+    if positions is None and spec.scale == 1 and spec.norm is None and table.dtype == y.dtype and y.is_contiguous():
+        return lambda step: torch.index_select(table, 0, step.tokens, out=y)
+
     def run(step: StepInputs) -> None:
-        x = F.embedding(step.tokens, table).to(dtype)
+        x = table.index_select(0, step.tokens).to(dtype)
         if positions is not None:
-            x = x.add_(F.embedding(step.positions + spec.position_offset, positions))
+            x = x.add_(positions.index_select(0, step.positions + spec.position_offset))
         if spec.scale != 1:
             x = x.mul_(spec.scale)
         y.copy_(norm(x))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 from dscompile.runtime.plan import Norm
 
@@ -25,7 +24,7 @@ def bind_norm(
     bias = weights[f"{role}_bias"].to(dtype) if norm.bias else None
     eps = norm.eps
     if norm.kind == "layer":
-        return lambda x: F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        return lambda x: torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
     if bias is None:
-        return lambda x: F.rms_norm(x, x.shape[-1:], weight, eps)
-    return lambda x: F.rms_norm(x, x.shape[-1:], weight, eps).add_(bias)
+        return lambda x: torch.rms_norm(x, x.shape[-1:], weight, eps)
+    return lambda x: torch.rms_norm(x, x.shape[-1:], weight, eps).add_(bias)

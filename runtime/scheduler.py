@@ -54,14 +54,14 @@ class Scheduler:
         Sequences that decode have their token reserved, so that a long prompt takes only what they leave.
         """
         rows: list[BatchRow] = []
-        decoding = sum(self._is_decoding(s) for s in self.running)
-        tokens, logits = self.plan.max_step_tokens - decoding, self.max_logit_rows - decoding
+        decoding = [self._is_decoding(s) for s in self.running]
+        tokens, logits = self.plan.max_step_tokens - sum(decoding), self.max_logit_rows - sum(decoding)
         # By index, because the newest may be preempted and leave the end of the list while the older ones are served.
-        for index in range(len(self.running)):
+        for index, decodes in enumerate(decoding):
             if index >= len(self.running):
                 break
             sequence = self.running[index]
-            if self._is_decoding(sequence):
+            if decodes:
                 row = self._row(sequence, 1, 1)
             else:
                 row = self._row(sequence, tokens, logits)
@@ -120,6 +120,8 @@ class Scheduler:
 
     def _reserve(self, sequence: Sequence, num_tokens: int, may_preempt: bool) -> bool:
         """Blocks for num_tokens of the sequence, if need be by preempting sequences newer than it, or itself."""
+        if self.tables.holds(sequence.blocks, num_tokens):
+            return True
         while not self.tables.allocate(sequence.blocks, num_tokens):
             if not may_preempt:
                 return False
