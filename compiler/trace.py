@@ -12,6 +12,7 @@ from dscompile.compiler.attention import tracing, use_opaque_attention
 from dscompile.compiler.model import build_on_meta
 from dscompile.compiler.quiet import quiet
 from dscompile.compiler.rotary import freeze_rotary
+from dscompile.compiler.rows import restore_batch
 from dscompile.passes.check_tokens import check_tokens
 from dscompile.passes.graph import ModelGraph
 from dscompile.passes.recipe import Constant, Source
@@ -149,6 +150,7 @@ def _simplify(graph: ModelGraph) -> None:
     (output,) = (n for n in graph.graph.nodes if n.op == "output")
     result = output.args[0]
     output.args = (result[0] if isinstance(result, tuple | list) else result,)
+    restore_batch(graph.graph)
     graph.drop_dead()
     graph.constants = {name: value for name, value in graph.constants.items() if name in graph.recipes}
     graph.graph.lint()

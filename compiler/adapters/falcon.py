@@ -1,4 +1,4 @@
-"""Falcon hard-codes three layouts of packed heads, and alibi for the oldest models."""
+"""Falcon hard-codes three layouts of packed heads, alibi for the oldest models, and its linears."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ REFERENCE_ATTENTION = "sdpa"
 
 def adapt(model: nn.Module) -> None:
     rebind(model, "FalconAttention", "forward", _attention)
+    rebind(model, "FalconLinear", "forward", nn.Linear.forward)
     # transformers rounds the slopes to bfloat16. Tensors made while tracing have no values, so it is done here.
     rounded = torch.tensor(alibi_slopes(model.config.num_attention_heads)).bfloat16().tolist()
     for module in model.modules():

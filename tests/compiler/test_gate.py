@@ -18,28 +18,27 @@ from tests.compiler.tiny import CONFIGS, save_model
 
 # Room for the mutant that reads the position table one row further on.
 OPTIONS = {"target": "cpu", "max_batch": 8, "max_seq_len": 60}
+# Models with norms after attention and MLP, which no region takes in yet.
+SANDWICHED = {"gemma2", "gemma3_text", "olmo2", "glm4"}
+
+
 # Configurations whose vocabulary or attention the rest of the compiler is known to take.
-ARCHITECTURES = [
-    "gpt2",
-    "gptj",
-    "gpt_neox",
-    "bloom",
-    "bloom_six_heads",
-    "llama",
-    "llama_tied",
-    "mistral",
-    "qwen2",
-]
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_artifacts_agree_with_their_models(name, tmp_path):
     save_model(name, tmp_path / "model")
     report = compile_model(tmp_path / "model", tmp_path / "out", **OPTIONS)
     assert report.verification.status == "passed"
     assert {c.name for c in report.verification.checks} == {"prefill", "decode", "greedy tokens"}
     assert all(c.limit <= 1e-4 for c in report.verification.checks)
+    assert not report.fallbacks or name in SANDWICHED
+
+
+def test_an_artifact_can_be_compared_again(tmp_path):
+    save_model("llama", tmp_path / "model")
+    compile_model(tmp_path / "model", tmp_path / "out", verify=False, **OPTIONS)
     assert verify_against(tmp_path / "out", tmp_path / "model").status == "passed"
+    save_model("llama", tmp_path / "other", seed=1)
+    assert verify_against(tmp_path / "out", tmp_path / "other").status == "failed"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

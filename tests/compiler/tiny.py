@@ -8,6 +8,8 @@ import torch
 import transformers
 from torch import nn
 
+from dscompile.compiler.quiet import quiet
+
 _SIZES = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -142,8 +144,11 @@ def make_model(name: str, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def save_model(name: str, directory: Path, dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
+def save_model(
+    name: str, directory: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **options: object
+) -> nn.Module:
     """Write a tiny model to a directory as transformers would; return it in that dtype."""
-    model = make_model(name).to(dtype)
-    model.save_pretrained(directory, **options)
+    model = make_model(name, seed).to(dtype)
+    with quiet():
+        model.save_pretrained(directory, **options)
     return model
