@@ -9,8 +9,15 @@ from dscompile.passes.fuse.name_regions import name_regions
 from dscompile.passes.fuse.pack import pack_siblings
 from dscompile.passes.fuse.prologue import fuse_prologue
 from dscompile.passes.fuse.residual import fuse_residual
+from dscompile.passes.fuse.residual_norm import fuse_residual_norm
 from dscompile.passes.normalize.attentions import canonical_attentions
-from dscompile.passes.normalize.cleanup import drop_noops, fold_weight_arithmetic, merge_repeated
+from dscompile.passes.normalize.cleanup import (
+    drop_noops,
+    fold_weight_arithmetic,
+    inline_scalars,
+    keep_batch_dimension,
+    merge_repeated,
+)
 from dscompile.passes.normalize.elementwise import canonical_arithmetic, name_functions
 from dscompile.passes.normalize.embeddings import canonical_embeddings
 from dscompile.passes.normalize.layers import assign_layers
@@ -26,6 +33,8 @@ PIPELINE = (
             assign_layers,
             drop_noops,
             merge_repeated,
+            inline_scalars,
+            keep_batch_dimension,
             fold_weight_arithmetic,
             canonical_linears,
             drop_noops,
@@ -49,6 +58,7 @@ PIPELINE = (
             fuse_prologue,
             fuse_embedding,
             gather_head_rows,
+            fuse_residual_norm,
             name_regions,
         ),
     ),

@@ -17,10 +17,21 @@ from dscompile.runtime.plan import Embed, Linear
 
 
 def fused_linear(
-    xs: tuple[Tensor, ...], residuals: tuple[Tensor, ...], weights: dict[str, Tensor], spec: Linear
+    xs: tuple[Tensor, ...],
+    residuals: tuple[Tensor, ...],
+    weights: dict[str, Tensor],
+    spec: Linear,
+    addend: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """See `plan.Linear`; xs lie side by side along K. Returns one tensor, or a tuple if there are several segments."""
+    """See `plan.Linear`; xs lie side by side along K, addend is its `add`.
+
+    Returns the segments' outputs and then the stored sum: one tensor if it is alone, else a tuple.
+    """
     x = torch.cat(xs, -1) if len(xs) > 1 else xs[0]
+    if spec.post_norm is not None:
+        x = vocabulary.norm(x, weights.get("post_norm_weight"), weights.get("post_norm_bias"), spec.post_norm)
+    x = x if addend is None else x + addend
+    total = x
     if spec.norm is not None:
         x = vocabulary.norm(x, weights.get("norm_weight"), weights.get("norm_bias"), spec.norm)
     product = vocabulary.linear(x, weights["weight"], weights.get("bias"))
@@ -36,6 +47,7 @@ def fused_linear(
         outputs.append(y * spec.scale)
     for residual in residuals:
         outputs[0] = outputs[0] + residual
+    outputs += [total] if spec.store else []
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
@@ -76,7 +88,7 @@ def is_plain(node: object) -> bool:
     """Whether a node is a linear region that nothing but its product has been fused to."""
     if not isinstance(node, fx.Node) or node.target is not fused_linear:
         return False
-    _, residuals, _, spec = node.args
+    _, residuals, _, spec = node.args[:4]
     (first, *more) = spec.segments
     return (
         not (residuals or more or first.gated or spec.softcap)

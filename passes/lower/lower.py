@@ -123,13 +123,14 @@ class _Lowering:
             self._step(node, spec, {role: self.placement.ref(x) for role, x in inputs.items()}, weights)
 
     def _linear(self, node: fx.Node) -> None:
-        xs, residuals, weights, spec = node.args
+        xs, residuals, weights, spec, *addend = node.args
         for i, x in enumerate(xs):
             if (node, i) in self.placement.copies:
                 copy, inputs = Aten("aten.clone.default", ("in.x",)), {"x": self.placement.ref(x)}
                 self._append(x, copy, inputs, {"y": self.placement.copies[node, i]}, {}, ("copy",))
         inputs = {"x": self.placement.input_of(node)}
         inputs |= {f"residual{i}": self.placement.ref(r) for i, r in enumerate(residuals)}
+        inputs |= {"add": self.placement.ref(a) for a in addend}
         self._step(node, spec, inputs, weights)
 
     def _attention(self, node: fx.Node) -> None:
@@ -156,8 +157,9 @@ class _Lowering:
 
     def _step(self, node: fx.Node, spec: Spec, inputs: dict[str, Ref], weights: dict[str, fx.Node]) -> None:
         regions = node.meta.get("regions") or ("fallback",)
-        if isinstance(spec, Linear) and len(spec.segments) > 1:
-            outputs = {f"y{u.args[1]}": self.placement.ref(u) for u in node.users}
+        if isinstance(node.meta["val"], tuple):
+            roles = [f"y{i}" for i in range(len(spec.segments))] + ["sum"]
+            outputs = {roles[u.args[1]]: self.placement.ref(u) for u in node.users}
         else:
             outputs = {"y0" if isinstance(spec, Linear) else "y": self.placement.ref(node)}
         self._append(node, spec, inputs, outputs, weights, regions)

@@ -34,6 +34,16 @@ RESHAPES = {
     aten.expand.default,
 }
 CASTS = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
+SCALAR_OPERANDS = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor}
+ROW_WISE = {
+    aten.linear.default,
+    aten.layer_norm.default,
+    aten.relu.default,
+    aten.gelu.default,
+    aten.silu.default,
+    aten.tanh.default,
+    *SCALAR_OPERANDS,
+}
 TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default}
 
 
@@ -108,6 +118,59 @@ def _hashable(value: object) -> object:
     if isinstance(value, dict):
         return tuple((k, _hashable(v)) for k, v in sorted(value.items()))
     return (type(value), str(value)) if isinstance(value, torch.SymInt | float) else value
+
+
+def inline_scalars(graph: ModelGraph, log: Log) -> None:
+    """Replace constants of one element by their numbers (an embedding's multiplier kept as a buffer)."""
+    for node in list(graph.graph.nodes):
+        recipe = graph.recipes.get(node.meta.get("weight", "")) if node.op == "placeholder" else None
+        if not isinstance(recipe, Constant) or graph.constants[recipe.name].numel() != 1:
+            continue
+        number = graph.constants[recipe.name].item()
+        for user in list(node.users):
+            if user.target in SCALAR_OPERANDS and user.args[1] is node:
+                user.args = (user.args[0], number)
+                log.matched("constant -> number")
+    graph.drop_dead()
+
+
+def keep_batch_dimension(graph: ModelGraph, log: Log) -> None:
+    """Undo reshapes of [1, T, D] to [T, D]: what works on rows works on them with the leading 1 too."""
+    for node in list(graph.graph.nodes):
+        source = node.args[0] if node.args else None
+        if node.target in RESHAPES and _drops_batch(node, source):
+            readers = _row_wise_readers(node)
+            if readers is not None:
+                node.replace_all_uses_with(source)
+                for reader in readers:
+                    reader.meta["val"] = reader.meta["val"].unsqueeze(0)
+                log.matched("[T, D] -> [1, T, D]")
+    graph.drop_dead()
+
+
+def _drops_batch(node: fx.Node, source: object) -> bool:
+    if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), torch.Tensor):
+        return False
+    before, after = source.meta["val"].shape, node.meta["val"].shape
+    return (
+        len(before) == 3 and len(after) == 2 and before[0] == 1 and isinstance(before[2], int) and before[2] == after[1]
+    )
+
+
+def _row_wise_readers(node: fx.Node) -> list[fx.Node] | None:
+    """The [T, D] nodes computed from a node row by row, up to reshapes back; None if another operator is among them."""
+    found: list[fx.Node] = []
+    stack = [node]
+    while stack:
+        for user in stack.pop().users:
+            if user.target in RESHAPES and user.meta["val"].ndim == 3:
+                continue
+            if user.target not in ROW_WISE or user.meta["val"].ndim != 2:
+                return None
+            if user not in found:
+                found.append(user)
+                stack.append(user)
+    return found
 
 
 def fold_weight_arithmetic(graph: ModelGraph, log: Log) -> None:
