@@ -32,7 +32,7 @@ def _rewrite(graph: ModelGraph, node: fx.Node) -> None:
     weights = weights | {r: w for r, w in (("norm_weight", weight), ("norm_bias", bias)) if w is not None}
     args = ((x,), residuals, weights, dataclasses.replace(spec, norm=rule))
     new = replace_with_region(graph, node, fused_linear, args, [norm, node], RULE.name)
-    new.meta = {**new.meta, "layer": node.meta.get("layer"), "nn_module_stack": node.meta.get("nn_module_stack")}
+    new.meta |= {key: node.meta.get(key) for key in ("layer", "nn_module_stack")}
 
 
 RULE = Rule("norm(x) W", _pattern, _rewrite, _check)

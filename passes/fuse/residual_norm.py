@@ -60,10 +60,7 @@ def _rewrite(graph: ModelGraph, match: Match) -> None:
     took = [match.branch, match.total, match.linear]
     values = match.linear.meta["val"]
     region = replace_with_region(graph, match.linear, fused_linear, args, took, RULE.name)
-    region.meta |= {
-        "layer": match.linear.meta.get("layer"),
-        "nn_module_stack": match.linear.meta.get("nn_module_stack"),
-    }
+    region.meta |= {key: match.linear.meta.get(key) for key in ("layer", "nn_module_stack")}
     if readers:
         _return_sum(graph, region, values, match.total, readers)
 

@@ -130,7 +130,8 @@ class _Lowering:
                 self._append(x, copy, inputs, {"y": self.placement.copies[node, i]}, {}, ("copy",))
         inputs = {"x": self.placement.input_of(node)}
         inputs |= {f"residual{i}": self.placement.ref(r) for i, r in enumerate(residuals)}
-        inputs |= {"add": self.placement.ref(a) for a in addend}
+        if addend:
+            inputs["add"] = self.placement.ref(*addend)
         self._step(node, spec, inputs, weights)
 
     def _attention(self, node: fx.Node) -> None:

@@ -152,9 +152,8 @@ def _drops_batch(node: fx.Node, source: object) -> bool:
     if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), torch.Tensor):
         return False
     before, after = source.meta["val"].shape, node.meta["val"].shape
-    return (
-        len(before) == 3 and len(after) == 2 and before[0] == 1 and isinstance(before[2], int) and before[2] == after[1]
-    )
+    flattens = len(before) == 3 and len(after) == 2 and before[0] == 1
+    return flattens and isinstance(before[2], int) and before[2] == after[1]
 
 
 def _row_wise_readers(node: fx.Node) -> list[fx.Node] | None:
