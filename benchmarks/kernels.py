@@ -266,6 +266,18 @@ def report_linear(entry: dict) -> None:
         print(f"    WRONG error {run['error']:.1e}  {run['config']}", flush=True)
 
 
+def write_tuned(entries: list[dict], path: Path) -> None:
+    """Merge the best configuration of each shape and number of tokens into a table of codegen/tuned."""
+    held = json.loads(path.read_text())["linear"] if path.exists() else []
+    table = {(*e["shape"], e["gated"], e["tokens"]): e for e in held}
+    for entry in entries:
+        if entry["runs"]:
+            best = {k: entry[k] for k in ("shape", "gated", "tokens")} | {"config": entry["runs"][0]["config"]}
+            table[(*entry["shape"], entry["gated"], entry["tokens"])] = best
+    lines = ",\n  ".join(json.dumps(table[key]) for key in sorted(table))
+    path.write_text(f'{{"linear": [\n  {lines}\n]}}\n')
+
+
 # ---------------------------------------------------------------- attention
 
 
@@ -356,6 +368,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=lambda s: [int(t) for t in s.split(",")], default=[1, 8, 16, 32, 64, 128])
     parser.add_argument("--candidates", type=int, default=20, help="of each shape and number of tokens")
     parser.add_argument("--processes", type=int, default=16)
+    parser.add_argument("--tuned", type=Path, help="write the best configurations as a table for codegen/tuned")
     parser.add_argument("--no-attention", action="store_true")
     args = parser.parse_args()
     began = time.time()
@@ -375,6 +388,8 @@ def main() -> None:
     if not args.no_attention:
         results["attention"] = bench_attention(args, kernels, context, began + args.seconds)
     args.out.write_text(json.dumps(results))
+    if args.tuned:
+        write_tuned(results["linear"], args.tuned)
     for why in list(kernels.failed.values())[:10]:
         print(f"failed: {why}")
     print(f"{time.time() - began:.0f} s in all")

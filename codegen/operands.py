@@ -41,8 +41,6 @@ class KernelContext:
 # "in.x", "out.y0", "w.weight" -> operand
 Operands = Mapping[str, Operand]
 
-STEP_INPUTS = ("tokens", "positions", "seq_starts", "context_lens", "logit_rows", "block_table", "slots")
-
 
 class Arguments:
     """The arguments of a launch and the parameters of its kernel, gathered together in one order."""
@@ -58,7 +56,7 @@ class Arguments:
             if role in ("T", "B", "R", "blocks"):
                 self._add(role, Param(role, "i32"))
             elif role.startswith("step."):
-                self._add(role, Param(parameter(role), "*i32", aligned=role.split(".")[1] not in ("slots",)))
+                self._add(role, Param(parameter(role), "*i32"))
             else:
                 operand = self._operands[role]
                 self._add(role, Param(parameter(role), "*" + TRITON_TYPE[operand.dtype], operand.aligned))

@@ -1,4 +1,4 @@
-"""Runs the tests in interpreted/ in a process of their own: Triton either interprets or compiles, for a whole process."""
+"""Runs the tests in interpreted/ in their own process: Triton interprets or compiles, for a whole process."""
 
 from __future__ import annotations
 
