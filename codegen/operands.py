@@ -22,7 +22,11 @@ class Operand:
 
 @dataclass(frozen=True)
 class KernelContext:
-    """The artifact the kernels are for. targets: every architecture that runs the same launches ("sm_90", ...)."""
+    """The artifact the kernels are for.
+
+    targets:  every architecture that runs the same launches ("sm_90", ...)
+    measured: configurations found by measuring this model, JSON objects as in codegen/tuned; they go before the table
+    """
 
     targets: tuple[str, ...]
     page_size: int
@@ -30,6 +34,7 @@ class KernelContext:
     max_batch: int
     max_step_tokens: int
     kv_groups: tuple[KVGroup, ...]
+    measured: tuple[dict, ...] = ()
 
     @property
     def shared_budget(self) -> int:

@@ -83,7 +83,7 @@ def _measured(context: KernelContext, spec: Linear, dtype: str, tokens: int) -> 
     if len(context.targets) != 1 or dtype == "float32":
         return None
     gated = any(s.gated for s in spec.segments)
-    for entry in _table(context.targets[0]):
+    for entry in (*context.measured, *_table(context.targets[0])):
         same = entry["shape"] == [spec.out_features, spec.in_features] and entry.get("gated", False) == gated
         if same and entry["tokens"] == tokens:
             return entry["config"]

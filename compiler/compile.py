@@ -17,6 +17,7 @@ from dscompile.compiler.report import collect_report, require_fusion
 from dscompile.compiler.source import ModelSource, find_model, write_tokenizer
 from dscompile.compiler.stand_in import why_stand_in, write_stand_in
 from dscompile.compiler.trace import trace_model
+from dscompile.compiler.tune import tune
 from dscompile.compiler.verify import check, verify_artifact
 from dscompile.compiler.weights import write_weights
 from dscompile.passes.lower.lower import Lowered, lower
@@ -56,7 +57,8 @@ def _compile(source: ModelSource, config: CompileConfig, directory: Path, progre
 
     progress.start("passes", sum(len(phase.passes) for phase in PIPELINE), "passes")
     records = run_pipeline(graph, PIPELINE, config.dump_ir, lambda name: progress.advance())
-    lowered = lower(graph, dtype, config.targets, limits, model_name(source))
+    measured = tune(graph, dtype, config.targets, limits, progress) if config.tune else ()
+    lowered = lower(graph, dtype, config.targets, limits, model_name(source), measured)
     report = collect_report(lowered, records, report_facts(source, config, dtype))
     require_fusion(report, config.require_fusion)
     progress.finish()

@@ -65,9 +65,18 @@ class Lowered:
     """Kernel name -> lines that say which region and rules it was generated for."""
 
 
-def lower(graph: ModelGraph, dtype: str, targets: tuple[str, ...], limits: Limits, model: str = "") -> Lowered:
-    """Lower a fused graph. dtype: of weights and activations; targets: GPU architectures ("sm_90"), empty for the CPU.
+def lower(
+    graph: ModelGraph,
+    dtype: str,
+    targets: tuple[str, ...],
+    limits: Limits,
+    model: str = "",
+    measured: tuple[dict, ...] = (),
+) -> Lowered:
+    """Lower a fused graph.
 
+    dtype: of weights and activations; targets: GPU architectures ("sm_90"), empty for the CPU;
+    measured: configurations of kernels that go before those of codegen/tuned.
     Raises UserError for a graph with an operator that neither a region nor a fallback covers.
     """
     lowering = _Lowering(graph, dtype)
@@ -88,7 +97,7 @@ def lower(graph: ModelGraph, dtype: str, targets: tuple[str, ...], limits: Limit
         kv_groups=tuple(lowering.groups),
     )
     lowered = Lowered(plan, lowering.weights.recipes, (), lowering.regions, classes)
-    return _with_kernels(lowered, targets, model) if targets else lowered
+    return _with_kernels(lowered, targets, model, measured) if targets else lowered
 
 
 class _Lowering:
@@ -214,11 +223,11 @@ def _layer_classes(steps: tuple[Step, ...]) -> list[tuple[int, ...]]:
     return [tuple(members) for members in classes.values()]
 
 
-def _with_kernels(lowered: Lowered, targets: tuple[str, ...], model: str) -> Lowered:
+def _with_kernels(lowered: Lowered, targets: tuple[str, ...], model: str, measured: tuple[dict, ...]) -> Lowered:
     """Choose programs; steps whose specs and operands are equal share one."""
     plan = lowered.plan
     context = KernelContext(
-        targets, plan.page_size, plan.max_seq_len, plan.max_batch, plan.max_step_tokens, plan.kv_groups
+        targets, plan.page_size, plan.max_seq_len, plan.max_batch, plan.max_step_tokens, plan.kv_groups, measured
     )
     programs: dict[str, Program] = {}
     requests: dict[str, KernelRequest] = {}

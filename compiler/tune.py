@@ -1,0 +1,131 @@
+"""--tune: choose the configurations of a model's linears by the time of its whole decode step on the GPU at hand.
+
+Kernels of a step overlap (the next one loads weights while the last one ends), so what is fastest alone need not be
+fastest in the chain. Each linear in turn, the largest first, tries its candidates in the model's own plan.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dscompile.codegen.aot import compile_kernels
+from dscompile.codegen.linear_kernels import TILE_RANGES
+from dscompile.codegen.operands import KernelContext
+from dscompile.codegen.tune import row_candidates, tile_candidates
+from dscompile.compiler.progress import Progress, Silent
+from dscompile.passes.graph import ModelGraph
+from dscompile.passes.lower.lower import Limits, Lowered, lower
+from dscompile.runtime.engine import Engine
+from dscompile.runtime.plan import Linear
+from dscompile.runtime.weights import ROW_SUM, make_weight
+
+CONTEXT_TOKENS = 128
+STEPS = 48
+WORTHWHILE = 0.997
+"""A candidate must take less than this part of the best time so far; the spread of a step's time is about 0.2%."""
+
+
+def tune(
+    graph: ModelGraph,
+    dtype: str,
+    targets: Sequence[str],
+    limits: Limits,
+    progress: Progress | None = None,
+    tokens: Iterable[int] = (1, *(high for _, high in TILE_RANGES)),
+    candidates: int = 8,
+) -> tuple[dict[str, Any], ...]:
+    """Return the best configuration of every linear and number of tokens up to max_batch, as in codegen/tuned.
+
+    graph: fused; its weights are replaced by random ones. tokens: sequences of the decode steps to measure.
+    """
+    progress = progress or Silent()
+    limits = replace(limits, max_seq_len=min(limits.max_seq_len, 2 * CONTEXT_TOKENS))
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = _Bench(graph, dtype, tuple(targets), limits, Path(scratch))
+        measured: dict[tuple, dict[str, Any]] = {}
+        for count in [t for t in tokens if t <= limits.max_batch]:
+            options = bench.options(count, candidates)
+            progress.start(f"tuning {count}", sum(len(o) for _, o in options), "configurations")
+            best = bench.step_ms(tuple(measured.values()), count)
+            for key, entries in options:
+                for entry in entries:
+                    elapsed = bench.step_ms((*(e for k, e in measured.items() if k != key), entry), count)
+                    progress.advance()
+                    if elapsed < WORTHWHILE * best:
+                        best = elapsed
+                        measured[key] = entry | {"step_ms": round(elapsed, 4)}
+            progress.finish()
+    return tuple(measured.values())
+
+
+class _Bench:
+    """Times decode steps of one model under different configurations; its random weights are made once."""
+
+    def __init__(
+        self, graph: ModelGraph, dtype: str, targets: tuple[str, ...], limits: Limits, directory: Path
+    ) -> None:
+        self._graph, self._dtype, self._targets, self._limits = graph, dtype, targets, limits
+        self._directory = directory
+        self._device = torch.device("cuda")
+        self._weights: dict[str, torch.Tensor] = {}
+        plan = self._lower(()).plan
+        for name in sorted(plan.weights, key=lambda n: plan.weights[n].init.startswith(ROW_SUM)):
+            weight = plan.weights[name]
+            weight = weight if weight.init else replace(weight, init="ones")
+            self._weights[name] = make_weight(name, weight, 0, self._device, self._weights)
+
+    def options(self, tokens: int, candidates: int) -> list[tuple[tuple, list[dict[str, Any]]]]:
+        """(key, table entries to try) of each distinct linear, the largest first; their kernels are compiled."""
+        plan = self._lower(()).plan
+        limits = self._limits
+        context = KernelContext(
+            self._targets, plan.page_size, limits.max_seq_len, limits.max_batch, limits.max_step_tokens, plan.kv_groups
+        )
+        specs: dict[tuple, tuple[Linear, int]] = {}
+        for step in plan.steps:
+            if isinstance(step.spec, Linear):
+                spec = step.spec
+                gated = any(s.gated for s in spec.segments)
+                key = (spec.out_features, spec.in_features, gated, tokens)
+                held = specs.get(key, (spec, 0))[1]
+                specs[key] = (spec, held + spec.out_features * spec.in_features)
+        options = []
+        for key, (spec, _) in sorted(specs.items(), key=lambda item: -item[1][1]):
+            configs = row_candidates(spec) if tokens == 1 else tile_candidates(spec, tokens, context)
+            shape = {"shape": list(key[:2]), "gated": key[2], "tokens": tokens}
+            options.append((key, [shape | {"config": asdict(c)} for c in configs[:candidates]]))
+        self._compile([self._lower((entry,)) for _, entries in options for entry in entries])
+        return options
+
+    def step_ms(self, measured: tuple[dict[str, Any], ...], sequences: int) -> float:
+        """Milliseconds of a decode step of so many sequences, from two generations of different lengths."""
+        from dscompile.runtime.cuda_executor import CudaExecutor
+
+        lowered = self._lower(measured)
+        plan = replace(lowered.plan, kernels=self._compile([lowered]))
+        room = sequences * (CONTEXT_TOKENS + 2 * STEPS + plan.page_size)
+        engine = Engine(CudaExecutor(plan, self._weights, self._directory, self._device, room))
+        prompts = [[(7 * i + j) % plan.vocab_size for j in range(CONTEXT_TOKENS)] for i in range(sequences)]
+        self._seconds(engine, prompts, 4)
+        short, long = (min(self._seconds(engine, prompts, n) for _ in range(3)) for n in (STEPS // 4, STEPS))
+        return 1e3 * (long - short) / (STEPS - STEPS // 4)
+
+    @staticmethod
+    def _seconds(engine: Engine, prompts: list[list[int]], new_tokens: int) -> float:
+        start = time.perf_counter()
+        engine.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True)
+        return time.perf_counter() - start
+
+    def _lower(self, measured: tuple[dict[str, Any], ...]) -> Lowered:
+        return lower(self._graph, self._dtype, self._targets, self._limits, measured=measured)
+
+    def _compile(self, lowered: list[Lowered]) -> dict:
+        requests = {r.name: r for one in lowered for r in one.requests}
+        return compile_kernels(requests.values(), self._targets, self._directory / "kernels")
