@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dscompile.codegen.emit import KernelRequest, Param, kernel_request
 from dscompile.runtime.cuda_state import MAX_EOS_IDS, StateLayout
-from dscompile.runtime.plan import Case, Extent, Launch, Plan, Program, Sample, Scratch
+from dscompile.runtime.plan import Case, Extent, Launch, Plan, Program, Sample, Scratch, Symbol
 
 BLOCK = 2048  # vocabulary ids of a program, at most
 CHUNK = 256  # ids that are compared with all thresholds at a time
@@ -60,7 +60,7 @@ def _state_program(plan: Plan, advance: bool) -> tuple[Program, list[KernelReque
             "PAGE": plan.page_size,
             "GROUPS": layout.groups,
         }
-    size = "B" if advance else "T"
+    size: Symbol = "B" if advance else "T"
     request = _request("advance_state", f"{args} {size}", constants, pdl=False, structure={"advance": advance})
     launch = Launch("kernel", request.name, tuple([*args.split(), size]), (Extent(1, size, STATE_BLOCK),))
     return Program((Case(1, 0, (launch,)),)), [request]

@@ -197,14 +197,13 @@ class CudaExecutor:
         rows = self._arenas["R"].rows
         if self._last is not None:
             rows = next(s for s in self._graph_sizes if s >= len(batch.rows))
-        view, first, copies = self._arenas["R"].view(self._sampling.inputs["logits"], rows), 0, []
+        view, first = self._arenas["R"].view(self._sampling.inputs["logits"], rows), 0
+        copies: list[torch.Tensor | None] = []
         for row in batch.rows:
             part = view[first : first + row.num_logits]
             first += row.num_logits
-            if row.return_logits:
-                copies.append(self._gpu.pinned(*part.shape, dtype=part.dtype).copy_(part, non_blocking=True))
-            else:
-                copies.append(None)
+            host = self._gpu.pinned(*part.shape, dtype=part.dtype) if row.return_logits else None
+            copies.append(None if host is None else host.copy_(part, non_blocking=True))
         return copies
 
     def _allocate(self, max_kv_tokens: int | None) -> None:
@@ -218,8 +217,9 @@ class CudaExecutor:
                 f"not enough GPU memory for activations: {(needed + RESERVED_BYTES) / 2**30:.2f} GiB needed, "
                 f"{free / 2**30:.2f} GiB free; free memory or compile with a smaller --max-batch"
             )
-        for part in (*self._arenas.values(), self._scratch):
-            part.allocate()
+        for arena in self._arenas.values():
+            arena.allocate()
+        self._scratch.allocate()
         self._state = DeviceState(plan, self.device, self._gpu.driver)
         blocks = size_pools(plan, self._gpu.free_bytes() - RESERVED_BYTES, max_kv_tokens)
         pairs = zip(plan.kv_groups, blocks, strict=True)

@@ -82,17 +82,18 @@ class AtenStep:
     def launch(self, sizes: Sizes, decode: bool, stream: int) -> None:
         rows = sizes.rows(self._owner.plan.buffers[self._step.outputs["y"].buffer].rows)
         if rows != self._rows:
-            views = [
+            inputs, outputs = (
                 {role: self._owner.view(ref, self._layout)[:rows] for role, ref in refs.items()}
                 for refs in (self._step.inputs, self._step.outputs)
-            ]
+            )
             weights = {role: self._owner.weights[name] for role, name in self._step.weights.items()}
-            self._run, self._rows = ops.bind(self._step.spec, *views, weights), rows
+            self._run, self._rows = ops.bind(self._step.spec, inputs, outputs, weights), rows
         assert self._run is not None
         self._run(_NO_INPUTS)
 
 
-_NO_INPUTS = StepInputs(*[torch.empty(0)] * 5, block_tables=[], slots=[], starts=[], contexts=[])
+_NONE = torch.empty(0)
+_NO_INPUTS = StepInputs(_NONE, _NONE, _NONE, _NONE, _NONE, [], [], [], [])  # an ATen call reads none of them
 
 
 class Sequential:

@@ -99,7 +99,7 @@ class BoundKernel:
         self._empty = False
 
     def launch(self, sizes: Sizes, stream: int) -> None:
-        if sizes != self._sizes:
+        if sizes is not self._sizes and sizes != self._sizes:
             self._resize(sizes)
         if not self._empty:
             self._prepared.launch(stream)

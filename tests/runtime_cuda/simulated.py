@@ -36,7 +36,7 @@ class SimulatedDriver:
     def __init__(self, sources: Mapping[str, Kernel], artifact: Path) -> None:
         self._kernels, self._artifact = sources, artifact
         self._functions: list[tuple[Any, tuple[str, ...], int]] = []
-        self.recording: list[Callable[[], None]] | None = None
+        self.replaying = False
         self.launches = 0
         self.copies: list[int] = []
 
@@ -51,11 +51,8 @@ class SimulatedDriver:
         slots = [ctypes.c_uint64.from_address(p).value for p in parameters][: len(types)]
         arguments = [_argument(kind, slot) for kind, slot in zip(types, slots, strict=True)]
 
-        def run() -> None:
-            self.launches += 1
-            kernel[grid](*arguments)
-
-        (self.recording.append if self.recording is not None else _call)(run)
+        self.launches += 1
+        kernel[grid](*arguments)
 
     def copy_to_device(self, target: int, source: int, num_bytes: int, stream: int) -> None:
         self._copy(target, source, num_bytes)
@@ -68,13 +65,13 @@ class SimulatedDriver:
             self._copy(target + row * pitch, source + row * pitch, width)
 
     def _copy(self, target: int, source: int, num_bytes: int) -> None:
-        assert self.recording is None, "a copy during capture"
+        assert not self.replaying, "a copy inside a captured graph"
         self.copies.append(num_bytes)
         ctypes.memmove(target, source, num_bytes)
 
 
 class SimulatedDevice:
-    """Has CudaDevice's methods; captured graphs are lists of launches."""
+    """Has CudaDevice's methods; a captured graph is what would have been captured, run again."""
 
     def __init__(self, kernels: Mapping[str, Kernel], artifact: Path, free: int = 1 << 30) -> None:
         self.device = torch.device("cpu")
@@ -105,14 +102,11 @@ class SimulatedDevice:
         return self._free
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        self.driver.recording = recorded = []
-        run()
-        self.driver.recording = None
-
         def replay() -> None:
             self.replays += 1
-            for launch in recorded:
-                launch()
+            self.driver.replaying = True
+            run()
+            self.driver.replaying = False
 
         return replay
 
@@ -148,7 +142,3 @@ def _argument(kind: str, slot: int) -> Any:
         return at_address(slot, ELEMENT[kind[1:]])
     assert kind == "i32", kind
     return slot
-
-
-def _call(run: Callable[[], None]) -> None:
-    run()

@@ -13,7 +13,7 @@ from dscompile.runtime.cpu_executor import CpuExecutor
 from dscompile.runtime.cuda_executor import RESERVED_BYTES, CudaExecutor
 from dscompile.runtime.engine import Engine
 from dscompile.runtime.errors import UserError
-from dscompile.runtime.plan import Plan
+from dscompile.runtime.plan import Aten, Plan, Ref, Step
 from tests.helpers import rms_ratio
 from tests.runtime.models import Model, make_model
 from tests.runtime_cuda.simulated import SimulatedDevice, write_kernels
@@ -113,6 +113,22 @@ def test_windows_and_groups(tmp_path):
     options = {"max_new_tokens": 14, "ignore_eos": True}
     expected = Engine(CpuExecutor(model.plan, model.weights, 128)).generate(PROMPTS, **options)
     assert [r.tokens for r in engine.generate(PROMPTS, **options)] == [r.tokens for r in expected]
+
+
+def test_a_step_outside_the_vocabulary_is_executed_by_torch(llama, tmp_path):
+    """h = 2 * tanh(h) between the layers: bound to fewer rows for a decode step than for a prompt."""
+    h = Ref("h", 0, llama.shape.hidden)
+    tanh = Step("tanh", Aten("aten.tanh.default", ("in.x",)), ("fallback",), None, {"x": h}, {"y": h})
+    double = Step("double", Aten("aten.mul.Tensor", ("in.x", 2.0)), ("fallback",), None, {"x": h}, {"y": h})
+    steps = list(llama.plan.steps)
+    steps[6:6] = [tanh, double]
+    model = dataclasses.replace(llama, plan=dataclasses.replace(llama.plan, steps=tuple(steps)))
+    options = {"max_new_tokens": 5, "ignore_eos": True}
+    plain = Engine(CpuExecutor(llama.plan, llama.weights, 128)).generate(PROMPTS, **options)
+    expected = Engine(CpuExecutor(model.plan, model.weights, 128)).generate(PROMPTS, **options)
+    engine, _ = simulated(model, tmp_path)
+    actual = engine.generate(PROMPTS, **options)
+    assert [r.tokens for r in actual] == [r.tokens for r in expected] != [r.tokens for r in plain]
 
 
 def test_a_gpu_without_memory_is_refused(llama, tmp_path):
