@@ -313,7 +313,7 @@ def _epilogue_launch(spec: Linear, segment: Segment, index: int, operands: Opera
         arguments.bind("w.bias")
     arguments.bind(*(f"in.residual{i}" for i in range(residuals)), f"out.y{index}")
     params = tuple(replace(p, name="y_ptr") if p.name == f"y{index}_ptr" else p for p in arguments.params)
-    numbers = {"N": spec.out_features, "START": segment.start, "WIDTH": segment.width, "BLOCK": block}
+    numbers: dict[str, float] = {"N": spec.out_features, "START": segment.start, "WIDTH": segment.width, "BLOCK": block}
     numbers |= {"Y_STRIDE": operands[f"out.y{index}"].stride, "SCALE": spec.scale, "SOFTCAP": spec.softcap}
     structure = {
         "helpers": sorted({segment.activation} | ({"softcap"} if spec.softcap else set())),

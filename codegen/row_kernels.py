@@ -23,8 +23,13 @@ def embed_program(spec: Embed, operands: Operands) -> tuple[Program, tuple[Kerne
     if norm and norm.bias:
         arguments.bind("w.norm_bias")
     arguments.bind("out.y")
-    numbers = {"D": width, "BLOCK": next_power_of_2(width), "Y_STRIDE": operands["out.y"].stride, "SCALE": spec.scale}
-    if positions:
+    numbers: dict[str, float] = {
+        "D": width,
+        "BLOCK": next_power_of_2(width),
+        "Y_STRIDE": operands["out.y"].stride,
+        "SCALE": spec.scale,
+    }
+    if spec.position_offset is not None:
         numbers["OFFSET"] = spec.position_offset
     if norm:
         numbers["EPS"] = norm.eps
@@ -55,7 +60,7 @@ def row_norm_launch(
     store = isinstance(spec, Linear) and spec.store
     arguments = Arguments(operands)
     arguments.bind("in.x")
-    numbers = {"K": width, "BLOCK": next_power_of_2(width), "X_STRIDE": operands["in.x"].stride}
+    numbers: dict[str, float] = {"K": width, "BLOCK": next_power_of_2(width), "X_STRIDE": operands["in.x"].stride}
     if spec.add:
         arguments.bind("in.add")
         numbers["ADD_STRIDE"] = operands["in.add"].stride

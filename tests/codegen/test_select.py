@@ -1,0 +1,81 @@
+"""What is launched at which number of tokens."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.kernel_shapes import ATTENTIONS, LINEARS, attention_operands, linear_operands
+from dscompile.codegen.operands import KernelContext
+from dscompile.codegen.select import programs_for
+from dscompile.codegen.tune import row_candidates, tile_candidates
+from dscompile.codegen.tuned_table import tile_config
+from dscompile.runtime.plan import KVGroup, Program
+
+LINEAR_CASES = [(m, r) for m, (_, regions) in LINEARS.items() for r in regions]
+
+
+def context(*targets: str, group: KVGroup | None = None) -> KernelContext:
+    groups = (group,) if group else ()
+    return KernelContext(targets, 16, max_seq_len=4096, max_batch=64, max_step_tokens=2048, kv_groups=groups)
+
+
+def covered(program: Program, decode: bool) -> None:
+    """Every number of tokens from one on has a case."""
+    reached = 0
+    for case in program.cases:
+        if case.decode in (None, decode) and case.min_tokens <= reached + 1:
+            reached = case.max_tokens or 1 << 30
+    assert reached == 1 << 30
+
+
+@pytest.mark.parametrize("model,region", LINEAR_CASES)
+def test_a_linear_of_few_tokens_is_one_kernel(model: str, region: str) -> None:
+    dtype, regions = LINEARS[model]
+    spec = regions[region]
+    program, requests = programs_for(spec, linear_operands(spec, dtype), context("sm_90"))
+    covered(program, decode=True)
+    for case in program.cases:
+        if case.min_tokens <= 64:
+            assert [launch.kind for launch in case.launches] == ["kernel"]
+    launched = {launch.target for case in program.cases for launch in case.launches if launch.kind == "kernel"}
+    assert launched == {r.name for r in requests}
+    assert spec.rows == "T" or all(launch.kind == "kernel" for case in program.cases for launch in case.launches)
+
+
+@pytest.mark.parametrize("model", ATTENTIONS)
+def test_attention_is_one_kernel_in_decoding_and_two_otherwise(model: str) -> None:
+    dtype, spec = ATTENTIONS[model]
+    group = KVGroup(32, spec.num_kv_heads, spec.head_dim, spec.v_head_dim, dtype)
+    operands = attention_operands(spec, dtype, 4096)
+    program, _ = programs_for(spec, operands, context("sm_90", group=group))
+    covered(program, decode=True)
+    covered(program, decode=False)
+    for case in program.cases:
+        assert len(case.launches) == (1 if case.decode else 2)
+    assert sum(s.bytes for s in program.scratch) < 16 << 20
+
+
+def test_every_target_of_an_artifact_launches_the_same() -> None:
+    dtype, regions = LINEARS["llama3-8b"]
+    spec = regions["mlp_in"]
+    program, requests = programs_for(spec, linear_operands(spec, dtype), context("sm_80", "sm_90"))
+    assert len({r.name for r in requests}) == len(requests)
+    assert all(launch.target for case in program.cases for launch in case.launches)
+
+
+@pytest.mark.parametrize("target", ["sm_75", "sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("tokens", [8, 16, 32, 64, 128])
+def test_unmeasured_shapes_stay_within_shared_memory(target: str, tokens: int) -> None:
+    spec = LINEARS["llama3-8b"][1]["mlp_out"]
+    for dtype, size in (("float16", 2), ("float32", 4)):
+        config = tile_config(spec, dtype, tokens, context(target))
+        used = config.stages * size * config.block_k * (config.block_n + config.block_t)
+        assert used <= context(target).shared_budget
+
+
+def test_candidates_hold_every_size_of_tile_before_any_twice() -> None:
+    spec = LINEARS["llama3-8b"][1]["attn_out"]
+    first = tile_candidates(spec, 16, context("sm_90"))[:10]
+    assert len({(c.block_n, c.block_k, c.splits > 1) for c in first}) == 10
+    gated = LINEARS["llama3-8b"][1]["mlp_in"]
+    assert min(c.block_n for c in row_candidates(gated)) >= 2
