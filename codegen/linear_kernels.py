@@ -41,7 +41,8 @@ def linear_program(
         cases.append(Case(low, 0 if last else high, launches))
     if _uses_library(spec, operands):
         cases.append(Case(LIBRARY_TOKENS, 0, _library_launches(spec, operands, draft)))
-    return Program(tuple(cases), tuple(draft.scratch.values())), tuple(draft.requests)
+    unique = {r.name: r for r in draft.requests}
+    return Program(tuple(cases), tuple(draft.scratch.values())), tuple(unique.values())
 
 
 def _uses_library(spec: Linear, operands: Operands) -> bool:
