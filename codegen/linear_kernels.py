@@ -70,12 +70,13 @@ def _structure(spec: Linear, operands: Operands, block: int, two_pass: bool) -> 
     segments = segment_tiles(spec.segments, block)
     for s in segments:
         s["stride"] = operands[f"out.y{s['index']}"].stride
-    plain = not any(s.gated for s in spec.segments)
+    gated = sum(s.gated for s in spec.segments)
     norm, post = spec.norm, spec.post_norm
     helpers = {s.activation for s in spec.segments} | ({"softcap"} if spec.softcap else set())
     return {
         "segments": segments,
-        "uniform": plain and all(s["start"] == s["first"] * block for s in segments),
+        "gating": "none" if not gated else "all" if gated == len(spec.segments) else "some",
+        "uniform": not gated and all(s["start"] == s["first"] * block for s in segments),
         "full_n": all(s.width % (block // 2 if s.gated else block) == 0 for s in spec.segments),
         "helpers": sorted(helpers),
         "bias": spec.bias,

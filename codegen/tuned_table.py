@@ -52,30 +52,46 @@ def row_config(spec: Linear, dtype: str, context: KernelContext) -> RowConfig:
     entry = _measured(context, spec, dtype, 1)
     if entry:
         return RowConfig(**entry)
-    block_n = 4 if any(s.gated for s in spec.segments) else 2
+    gated = any(s.gated for s in spec.segments)
     if dtype == "float32":
-        return RowConfig(block_n=block_n, block_k=1024)
-    return RowConfig(block_n=block_n)
+        return RowConfig(block_n=4 if gated else 2, block_k=1024)
+    # Measured on an H200: short products want few rows a program, so that all multiprocessors stream; long or
+    # tall ones want all of a row's first 4,096 columns under way before the wait.
+    if gated or spec.in_features * spec.out_features <= 1 << 24:
+        return RowConfig(block_n=2, block_k=2048, prefetch=2)
+    return RowConfig(block_n=4, block_k=1024, prefetch=4)
 
 
 def tile_config(spec: Linear, dtype: str, tokens: int, context: KernelContext) -> TileConfig:
-    """The configuration for tiles of `tokens` tokens, within the shared memory of every target."""
+    """The configuration for tiles of `tokens` tokens, within the shared memory of every target.
+
+    By rule: the tallest tile that still occupies most multiprocessors, the columns of a long product shared where
+    even the lowest tile does not, and as many bytes under way as the shared memory holds.
+    """
     entry = _measured(context, spec, dtype, tokens)
     if entry:
         return TileConfig(**entry)
-    itemsize = 4 if dtype == "float32" else 2
-    block_t = max(8, next_power_of_2(tokens))
-    block_n = 64 if block_t < 128 or spec.out_features < 8192 else 128
-    block_k = min(128 if itemsize == 2 else 32, max(16, next_power_of_2(spec.in_features)))
     sms = min(num_sms(t) for t in context.targets)
+    block_t = max(8, next_power_of_2(tokens))
+    lowest = 32 if block_t <= 16 else 64
+    heights = [n for n in (128, 64, 32) if n >= lowest]
+    block_n = next((n for n in heights if ceil_div(spec.out_features, n) >= 0.68 * sms), lowest)
     tiles = ceil_div(spec.out_features, block_n)
-    splits = max(1, min(8, sms // tiles, spec.in_features // (4 * block_k)))
-    stages = 4
-    while stages > 2 and stages * itemsize * block_k * (block_n + block_t) > context.shared_budget * 0.8:
-        stages -= 1
-    while stages * itemsize * block_k * (block_n + block_t) > context.shared_budget * 0.8:
-        block_k //= 2
-    return TileConfig(block_n, block_t, block_k, 4 if block_n * block_t <= 8192 else 8, stages, splits)
+    block_k, stages = _pipeline(spec, 4 if dtype == "float32" else 2, block_n + block_t, context)
+    splits = 1 if tiles >= 0.68 * sms else max(1, min(8, sms // tiles, spec.in_features // (4 * block_k)))
+    num_warps = 8 if block_n * block_t >= 16384 else 4
+    return TileConfig(block_n, block_t, block_k, num_warps, stages, splits, prefetch=512)
+
+
+def _pipeline(spec: Linear, itemsize: int, rows: int, context: KernelContext) -> tuple[int, int]:
+    """Columns of a step and depth of the pipeline: the most columns that leave room for four steps."""
+    budget = int(0.8 * context.shared_budget)
+    widest = max(16, next_power_of_2(spec.in_features))
+    for block_k in (256, 128, 64, 32, 16) if itemsize == 2 else (32, 16):
+        stages = budget // (itemsize * block_k * rows)
+        if block_k <= widest and stages >= 4:
+            return block_k, min(stages, 8)
+    return 16, 2
 
 
 def _measured(context: KernelContext, spec: Linear, dtype: str, tokens: int) -> dict | None:
