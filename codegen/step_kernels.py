@@ -95,6 +95,7 @@ class _Sampling:
             "sample_start",
             f"{head} step.top_k step.top_p scratch.best scratch.raw_best scratch.mass",
             penalties | {"INFINITY_BITS": INFINITY_BITS},
+            num_warps=8,
         )
         narrow = self._kernel(
             "sample_narrow",
@@ -105,14 +106,15 @@ class _Sampling:
             "sample_choose",
             f"{head} step.min_p step.seed step.sampled step.logprobs scratch.best scratch.token scratch.raw",
             penalties,
+            num_warps=8,
         )
         launches = [start, *[narrow] * (2 * PASSES), choose]
         program = self._program(launches, "best raw_best token raw mass row_floats row_ints")
         return program, [start[0], narrow[0], choose[0]]
 
-    def _kernel(self, template: str, args: str, constants: dict) -> tuple[KernelRequest, Launch]:
+    def _kernel(self, template: str, args: str, constants: dict, num_warps: int = 4) -> tuple[KernelRequest, Launch]:
         args += " scratch.arrived"
-        request = _request(template, args, self._constants | constants)
+        request = _request(template, args, self._constants | constants, num_warps=num_warps)
         grid = (Extent(self._splits), Extent(1, "B"))
         return request, Launch("kernel", request.name, tuple(args.split()), grid)
 
@@ -130,7 +132,7 @@ class _Sampling:
 def _request(template: str, args: str, constants: dict, **options) -> KernelRequest:
     """A kernel whose parameters are named after the arguments: in.logits -> logits_ptr, B -> B."""
     params = tuple(_param(arg) for arg in args.split())
-    return kernel_request(template, constants, params, num_warps=4, **options)
+    return kernel_request(template, constants, params, **options)
 
 
 def _param(arg: str) -> Param:

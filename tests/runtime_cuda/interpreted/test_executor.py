@@ -8,26 +8,54 @@ from pathlib import Path
 import pytest
 import torch
 
-from dscompile.passes.lower.lower import Lowered, RegionRecord, _with_kernels
+from dscompile.codegen.operands import KernelContext, Operand
+from dscompile.codegen.select import programs_for
+from dscompile.codegen.step_kernels import step_kernels
 from dscompile.runtime.cpu_executor import CpuExecutor
 from dscompile.runtime.cuda_executor import RESERVED_BYTES, CudaExecutor
 from dscompile.runtime.engine import Engine
 from dscompile.runtime.errors import UserError
-from dscompile.runtime.plan import Aten, Plan, Ref, Step
+from dscompile.runtime.plan import Aten, Plan, Ref, Sample, Step
 from tests.helpers import rms_ratio
 from tests.runtime.models import Model, make_model
-from tests.runtime_cuda.simulated import SimulatedDevice, write_kernels
+from tests.runtime_cuda.simulated import TARGET, SimulatedDevice, write_kernels
 
 PROMPTS = [[5, 7, 9, 1, 2, 30, 4], [11], [3, 3, 8, 20, 36]]
 
 
 def simulated(model: Model, artifact: Path, free: int = 1 << 30) -> tuple[Engine, SimulatedDevice]:
-    regions = [RegionRecord(s.name, s.layer, s.regions, (), (), (), (), 0) for s in model.plan.steps]
-    lowered = _with_kernels(Lowered(model.plan, {}, (), regions, []), ("sm_90",), "test")
-    kernels = write_kernels(lowered.requests, artifact)
-    plan: Plan = dataclasses.replace(lowered.plan, kernels=kernels)
-    device = SimulatedDevice(kernels, artifact, free)
+    plan = with_kernels(model.plan, artifact)
+    device = SimulatedDevice(plan.kernels, artifact, free)
     return Engine(CudaExecutor(plan, model.weights, artifact, device, max_kv_tokens=128)), device
+
+
+def with_kernels(plan: Plan, artifact: Path) -> Plan:
+    """The plan with a program for every step, as the compiler makes them, and the kernels' sources in `artifact`."""
+    facts = (plan.page_size, plan.max_seq_len, plan.max_batch, plan.max_step_tokens, plan.kv_groups)
+    context = KernelContext((TARGET,), *facts)
+    programs, requests = step_kernels(plan)
+    steps = []
+    for step in plan.steps:
+        if not isinstance(step.spec, Sample | Aten):
+            programs[step.name], made = programs_for(step.spec, operands(step, plan), context)
+            requests += made
+            step = dataclasses.replace(step, program=step.name)
+        steps.append(step)
+    kernels = write_kernels(requests, artifact)
+    return dataclasses.replace(plan, steps=tuple(steps), programs=programs, kernels=kernels)
+
+
+def operands(step: Step, plan: Plan) -> dict[str, Operand]:
+    found = {}
+    for kind, refs in (("in", step.inputs), ("out", step.outputs)):
+        for role, ref in refs.items():
+            buffer = plan.buffers[ref.buffer]
+            aligned = ref.start * getattr(torch, buffer.dtype).itemsize % 16 == 0
+            found[f"{kind}.{role}"] = Operand(buffer.dtype, buffer.cols, (0, ref.stop - ref.start), aligned)
+    for role, name in step.weights.items():
+        weight = plan.weights[name]
+        found[f"w.{role}"] = Operand(weight.dtype, weight.shape[-1], weight.shape)
+    return found
 
 
 @pytest.fixture
@@ -79,12 +107,12 @@ def test_requests_that_join_do_not_change_the_others(llama, tmp_path):
         {"repetition_penalty": 1.4, "min_new_tokens": 3},
     ]
     cpu = Engine(CpuExecutor(llama.plan, llama.weights, 128), eos_ids=(2,))
-    expected = [cpu.generate([p], max_new_tokens=7, **o)[0].tokens for p, o in zip(PROMPTS, options, strict=True)]
+    expected = [cpu.generate([p], max_new_tokens=5, **o)[0].tokens for p, o in zip(PROMPTS, options, strict=True)]
     engine, _ = simulated(llama, tmp_path)
     engine.eos_ids = frozenset((2,))
     requests = []
     for prompt, option in zip(PROMPTS, options, strict=True):
-        requests.append(engine.add_request(prompt, max_new_tokens=7, **option))
+        requests.append(engine.add_request(prompt, max_new_tokens=5, **option))
         engine.step()
         engine.step()
     while not all(r.done for r in requests):
@@ -93,12 +121,12 @@ def test_requests_that_join_do_not_change_the_others(llama, tmp_path):
 
 
 def test_a_full_pool_preempts_and_loses_nothing(llama, tmp_path):
-    options = {"max_new_tokens": 9, "temperature": 1.0, "repetition_penalty": 1.1, "seed": 1, "ignore_eos": True}
+    options = {"max_new_tokens": 7, "temperature": 1.0, "repetition_penalty": 1.1, "seed": 1, "ignore_eos": True}
     expected = Engine(CpuExecutor(llama.plan, llama.weights, 128)).generate(PROMPTS, **options)
     engine, _ = simulated(llama, tmp_path)
     small = Engine(engine.executor)
     for allocator in small.scheduler.tables.allocators:
-        allocator._free = allocator._free[-8:]
+        allocator._free = allocator._free[-7:]
     actual = small.generate(PROMPTS, **options)
     assert small.counters["preemptions"] > 0
     assert [r.tokens for r in actual] == [r.tokens for r in expected]
