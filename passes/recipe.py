@@ -214,11 +214,24 @@ def evaluate(recipe: Recipe, lookup: Callable[[Source | Constant], Tensor]) -> T
             w, v = evaluate(recipe.w, lookup), evaluate(recipe.v, lookup).double()
             return torch.cat([(rows.double() @ v).float() for rows in w.split(4096)])
         case Cast():
-            return evaluate(recipe.x, lookup).to(getattr(torch, recipe.dtype))
+            return _rounded(recipe, lookup)
         case RowSum():
             w = evaluate(recipe.x, lookup)
             return torch.cat([rows.double().sum(-1).float() for rows in w.split(4096)])
     raise TypeError(f"not a recipe: {recipe!r}")
+
+
+def _rounded(recipe: Cast, lookup: Callable[[Source | Constant], Tensor]) -> Tensor:
+    """Round a tensor; one that is scaled first is never whole in float32, which for a head would be gigabytes."""
+    dtype = getattr(torch, recipe.dtype)
+    if not isinstance(recipe.x, Scale):
+        return evaluate(recipe.x, lookup).to(dtype)
+    x, by = evaluate(recipe.x.x, lookup), recipe.x.by
+    by = by if isinstance(by, float) else evaluate(by, lookup).float()
+    y = torch.empty(x.shape, dtype=dtype)
+    for source, target in zip(x.split(4096), y.split(4096), strict=True) if x.ndim > 1 else [(x, y)]:
+        target.copy_(source.float() * by)
+    return y
 
 
 def _join(parts: list[Tensor], dim: int) -> Tensor:
