@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from dscompile.compiler.config import CompileConfig
+from dscompile.compiler.model import build_on_meta
 from dscompile.compiler.quiet import quiet
 from dscompile.compiler.source import ModelSource, find_model
 from dscompile.runtime.cpu_executor import available_bytes
@@ -21,16 +22,22 @@ from dscompile.runtime.report import Report
 # Bytes of a parameter in the float32 reference, and what loading and computing need beside the parameters.
 REFERENCE_BYTES = 4
 HEADROOM = 1.2
+# Where even the stand-in is too large, it is its vocabulary that is cut: no layer depends on it.
+SMALL_VOCABULARY = 4096
 
 
 def why_stand_in(config: CompileConfig, num_params: int) -> str | None:
     """Why a stand-in must be compared instead of the model, in words; None if the model itself can be."""
     if config.dummy_weights:
         return "the weights are dummies"
-    needed = int(num_params * REFERENCE_BYTES * HEADROOM)
+    needed = _reference_bytes(num_params)
     if needed > available_bytes():
         return f"the float32 original needs {needed / 2**30:.0f} GiB of memory"
     return None
+
+
+def _reference_bytes(num_params: int) -> int:
+    return int(num_params * REFERENCE_BYTES * HEADROOM)
 
 
 @contextmanager
@@ -42,6 +49,9 @@ def write_stand_in(source: ModelSource, report: Report, directory: Path) -> Iter
     dtype = getattr(torch, report.model["dtype"])
     num_layers = max([2, *(1 + c.layers[0] for c in report.classes if c.layers)])
     config = shrink(source.config, num_layers)
+    num_params = sum(parameter.numel() for parameter in build_on_meta(config).parameters())
+    if _reference_bytes(num_params) > available_bytes():
+        config = shrink(config, num_layers, SMALL_VOCABULARY)
     with tempfile.TemporaryDirectory(prefix="stand-in-", dir=directory) as scratch:
         with quiet():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -53,8 +63,11 @@ def write_stand_in(source: ModelSource, report: Report, directory: Path) -> Iter
         yield ModelSource(name, small.directory, small.config), Path(scratch)
 
 
-def shrink(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
-    """A copy of a configuration with its first layers only; lists that have an entry per layer are cut too."""
+def shrink(config: PretrainedConfig, num_layers: int, vocab_size: int | None = None) -> PretrainedConfig:
+    """A copy of a configuration with its first layers only; lists that have an entry per layer are cut too.
+
+    vocab_size: cut the vocabulary as well; special tokens beyond it are forgotten.
+    """
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
     total = text.num_hidden_layers
@@ -62,6 +75,10 @@ def shrink(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
         if isinstance(value, list | tuple) and len(value) == total:
             setattr(text, name, value[:num_layers])
     text.num_hidden_layers = min(num_layers, total)
+    if vocab_size is not None:
+        text.vocab_size = min(vocab_size, text.vocab_size)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(text, name, None)
     return config
 
 

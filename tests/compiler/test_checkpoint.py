@@ -13,7 +13,7 @@ from dscompile.compiler.checkpoint import Checkpoint
 from dscompile.compiler.model import build_on_meta
 from dscompile.compiler.shards import write_shards
 from dscompile.compiler.source import find_model
-from dscompile.passes.recipe import Source
+from dscompile.passes.recipe import Cast, Scale, Source, evaluate
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.plan import Weight
 from tests.compiler.tiny import save_model
@@ -136,3 +136,12 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
 
     write_shards(tmp_path, weights, make)
     assert len(made) == 16
+
+
+def test_scaled_weights_are_rounded_as_if_whole():
+    x, by = torch.randn(9001, 3).half(), torch.randn(3).half()
+    leaves = {"x": x, "by": by}
+    recipe = Cast(Scale(Source("x", (9001, 3)), Source("by", (3,))), "float16")
+    assert torch.equal(evaluate(recipe, lambda leaf: leaves[leaf.name]), (x.float() * by.float()).half())
+    vector = Cast(Scale(Source("by", (3,)), 0.3), "bfloat16")
+    assert torch.equal(evaluate(vector, lambda leaf: leaves[leaf.name]), (by.float() * 0.3).bfloat16())
