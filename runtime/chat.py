@@ -21,12 +21,23 @@ def render_chat(tokenizer: Tokenizer, messages: Seq[Mapping[str, Any]], **variab
     """
     try:
         from jinja2 import TemplateError
+        from jinja2.ext import Extension
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         raise UserError("chat needs jinja2; run: pip install jinja2") from error
+
+    class Generation(Extension):
+        """{% generation %} marks the assistant's words for training; here it is its body."""
+
+        tags = {"generation"}  # noqa: RUF012 (the attribute jinja2 asks for)
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
     config = tokenizer.config()
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _refuse
@@ -34,7 +45,9 @@ def render_chat(tokenizer: Tokenizer, messages: Seq[Mapping[str, Any]], **variab
     special = {name: _content(config.get(name)) for name in SPECIAL_TOKENS if config.get(name)}
     try:
         template = environment.from_string(chat_template(tokenizer, config))
-        return template.render(messages=list(messages), add_generation_prompt=True, **special, **variables)
+        # Templates ask `tools is not none`, which an undefined name would pass.
+        known = {"tools": None, "documents": None, **special, **variables}
+        return template.render(messages=list(messages), add_generation_prompt=True, **known)
     except (TemplateError, TypeError) as error:
         raise UserError(f"the chat template refuses these messages: {error}") from error
 

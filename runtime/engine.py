@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 import random
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
@@ -54,7 +56,8 @@ class Engine:
     ) -> list[Result]:
         """Continue every prompt; results in the prompts' order. `params` may be one for all or one for each."""
         prompts = _as_list(prompts)
-        each = list(params) if isinstance(params, list | tuple) else [params] * len(prompts)
+        one_for_all = params is None or isinstance(params, SamplingParams)
+        each: list[Any] = [params] * len(prompts) if one_for_all else list(params)  # type: ignore[arg-type]
         if len(each) != len(prompts):
             raise UserError(f"{len(each)} sets of sampling parameters for {len(prompts)} prompts; give one for each")
         requests: list[Request] = []
@@ -234,18 +237,23 @@ class Engine:
         return tokens
 
 
-def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
+def _as_list(prompts: Any) -> list[Prompt]:
     """One prompt or several -> several."""
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    if hasattr(prompts, "tolist"):
+        prompts = prompts.tolist()
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], numbers.Integral)):
+        return [prompts]
+    return list(prompts)
 
 
 def _ids(prompt: Any) -> list[int]:
-    values = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
-    if any(isinstance(t, bool) or not isinstance(t, int) for t in values):
-        raise UserError("a prompt is a string or a list of token ids (whole numbers)")
-    return values
+    try:
+        values = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+        if any(isinstance(t, bool) for t in values):
+            raise TypeError
+        return [operator.index(t) for t in values]
+    except TypeError as error:
+        raise UserError("a prompt is a string or a list of token ids (whole numbers)") from error
 
 
 def _sampling(params: SamplingParams | None, sampling: Mapping[str, Any]) -> SamplingParams:

@@ -104,9 +104,11 @@ class Executor(Protocol):
     plan: Plan
     device: torch.device
     max_in_flight: int
-    num_blocks: list[int]
     max_logit_rows: int
     counters: Counter[str]
+
+    @property
+    def num_blocks(self) -> list[int]: ...
 
     def launch(self, batch: Batch) -> Pending:
         """Start a step and return without waiting for it, where the device allows."""

@@ -86,17 +86,22 @@ def output_widths(spec: Spec, inputs: Tensors, weights: Tensors) -> dict[str, in
 
 def _bind_embed(spec: Embed, outputs: Tensors, weights: Tensors) -> Run:
     table, y = weights["table"], outputs["y"]
-    positions = weights.get("positions_table")
+    positions = None if spec.position_offset is None else weights["positions_table"]
+    offset = spec.position_offset or 0
     dtype = compute_dtype(table)
     norm = bind_norm(spec.norm, weights, "norm", dtype)
 
     if positions is None and spec.scale == 1 and spec.norm is None and table.dtype == y.dtype and y.is_contiguous():
-        return lambda step: torch.index_select(table, 0, step.tokens, out=y)
+
+        def look_up(step: StepInputs) -> None:
+            torch.index_select(table, 0, step.tokens, out=y)
+
+        return look_up
 
     def run(step: StepInputs) -> None:
         x = table.index_select(0, step.tokens).to(dtype)
         if positions is not None:
-            x = x.add_(positions.index_select(0, step.positions + spec.position_offset))
+            x = x.add_(positions.index_select(0, step.positions + offset))
         if spec.scale != 1:
             x = x.mul_(spec.scale)
         y.copy_(norm(x))

@@ -144,9 +144,9 @@ class _Attend:
         """One sequence: q [L, H, D], k [Hkv, S, D], v [Hkv, S, Dv] -> y [L, H, Dv]."""
         spec, length, num_kv = self.spec, len(q), k.shape[0]
         if keys.square and not spec.alibi and not spec.softcap and self.sinks is None:
-            operands = q.transpose(0, 1), k[:, : keys.length], v[:, : keys.length]
+            k, v = k[None, :, : keys.length], v[None, :, : keys.length]
             out = F.scaled_dot_product_attention(
-                *(x[None] for x in operands), is_causal=True, scale=spec.scale, enable_gqa=self.group > 1
+                q.transpose(0, 1)[None], k, v, is_causal=True, scale=spec.scale, enable_gqa=self.group > 1
             )
             y.copy_(out[0].transpose(0, 1))
             return

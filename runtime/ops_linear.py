@@ -48,7 +48,7 @@ class PackedWeights:
     def transposed(self, weight: torch.Tensor, rows: int) -> torch.Tensor | None:
         """The weight [N, K] as contiguous [K, N], or None where that gains nothing."""
         n, k = weight.shape
-        if rows != 1 or n <= k or weight.numel() < self.MIN_TRANSPOSED:
+        if rows != 1 or n <= k or weight.dtype != torch.float32 or weight.numel() < self.MIN_TRANSPOSED:
             return None
         return self._copy("transposed", weight, lambda w: w.t().contiguous())
 

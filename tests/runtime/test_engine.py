@@ -384,3 +384,10 @@ def test_request_larger_than_the_cache():
 def test_stream_without_tokenizer():
     with pytest.raises(UserError, match="no tokenizer"):
         make_engine().stream([1, 2])
+
+
+def test_prompts_may_be_tensors():
+    engine = make_engine()
+    expected = engine.generate([[1, 2, 3], [4, 5, 6]], max_new_tokens=3)
+    assert engine.generate(torch.tensor([[1, 2, 3], [4, 5, 6]]), max_new_tokens=3) == expected
+    assert engine.generate(torch.tensor([1, 2, 3]), max_new_tokens=3) == expected[:1]
