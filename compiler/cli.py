@@ -85,7 +85,8 @@ def _summary(report: Report, out: Path) -> None:
     print(f"{out}: {format_bytes(size)}, {', '.join(facts)}")
     for line in (*summary_lines(report), verification_line(report.verification)):
         print(f"  {line}")
-    print(f"Next: dsrun generate {shlex.quote(str(out))} -p {shlex.quote(EXAMPLE_PROMPT)}")
+    prompt = f"-p {shlex.quote(EXAMPLE_PROMPT)}" if (out / "tokenizer.json").exists() else "--tokens 1,2,3"
+    print(f"Next: dsrun generate {shlex.quote(str(out))} {prompt}")
 
 
 def _quiet() -> None:
