@@ -71,14 +71,22 @@ class CudaPending:
         words = self.slot.chosen.numpy()
         tokens, logprobs = words[: len(words) // 2], words[len(words) // 2 :].view(np.float32)
         rows = self.batch.rows
+        sampled = np.array([row.sample for row in rows])
+        asked = np.array([row.sample and row.sequence.params.logprobs for row in rows])
         return StepResult(
-            [int(tokens[s]) if r.sample else -1 for r, s in zip(rows, self.seats, strict=True)],
-            [
-                float(logprobs[s]) if r.sample and r.sequence.params.logprobs else float("nan")
-                for r, s in zip(rows, self.seats, strict=True)
-            ],
+            np.where(sampled, tokens[self.seats], -1).tolist(),
+            np.where(asked, logprobs[self.seats], np.nan).tolist(),
             self.logits,
         )
+
+
+@dataclass(frozen=True)
+class Running:
+    """The decode step launched last, which the next one may continue."""
+
+    batch: Batch
+    seats: np.ndarray
+    replay: Callable[[], None]
 
 
 class CudaExecutor:
@@ -108,7 +116,7 @@ class CudaExecutor:
         self._seats = Seats(plan)
         self._graphs: dict[tuple[int, bool], Callable[[], None]] = {}
         self._graph_sizes = graph_sizes(plan.max_batch)
-        self._last: tuple[Batch, np.ndarray] | None = None
+        self._last: Running | None = None
         self._slots = [self._make_slot() for _ in range(self.max_in_flight + 1)]
         self._sampling = next((s for s in plan.steps if isinstance(s.spec, Sample)), None)
         gpu.synchronize()
@@ -132,20 +140,23 @@ class CudaExecutor:
         return CudaPending(batch, seats, slot, logits)
 
     def _decode(self, batch: Batch, slot: Slot) -> np.ndarray:
-        size = next(s for s in self._graph_sizes if s >= len(batch.rows))
-        graph = self._graph(size, all(row.sequence.params.plain for row in batch.rows), slot)
-        stream = self._gpu.stream
-        if self._last is not None and continues(batch, self._last[0]):
-            seats = self._last[1]
+        last, stream = self._last, self._gpu.stream
+        if last is not None and continues(batch, last.batch):
+            seats, replay = last.seats, last.replay
             if stage_new_blocks(slot.staging, batch, seats, self._seats, self.plan.page_size):
                 self._state.upload_field(slot.staging, "new_blocks", stream)
         else:
+            size = self._graph_size(len(batch.rows))
+            replay = self._graph(size, all(row.sequence.params.plain for row in batch.rows), slot)
             seats = self._seats.seat(batch.rows)
             stage_decode(slot.staging, batch, size, seats, self._seats)
             self._upload(batch, seats, slot)
-        graph()
-        self._last = (batch, seats)
+        replay()
+        self._last = Running(batch, seats, replay)
         return seats
+
+    def _graph_size(self, num_rows: int) -> int:
+        return next(size for size in self._graph_sizes if size >= num_rows)
 
     def _ragged(self, batch: Batch, slot: Slot) -> np.ndarray:
         self._last = None
@@ -175,7 +186,6 @@ class CudaExecutor:
         """The captured decode step of `size` rows. It is run once on padding alone before it is captured, which leaves
         no trace in the cache or the sampled tokens, so that libraries have set themselves up."""
         if (size, plain) not in self._graphs:
-            self._last = None
             stage_decode(slot.staging, Batch(()), size, np.zeros(0, np.int32), self._seats)
             self._state.upload(slot.staging, 0, 0, self._gpu.stream)
             self._gpu.synchronize()
@@ -194,9 +204,7 @@ class CudaExecutor:
     def _copy_logits(self, batch: Batch) -> list[torch.Tensor | None]:
         if self._sampling is None or not any(row.return_logits for row in batch.rows):
             return [None] * len(batch.rows)
-        rows = self._arenas["R"].rows
-        if self._last is not None:
-            rows = next(s for s in self._graph_sizes if s >= len(batch.rows))
+        rows = self._arenas["R"].rows if self._last is None else self._graph_size(len(batch.rows))
         view, first = self._arenas["R"].view(self._sampling.inputs["logits"], rows), 0
         copies: list[torch.Tensor | None] = []
         for row in batch.rows:
