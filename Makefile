@@ -23,7 +23,7 @@ demo: .venv/compiler.done ## compile the example model, generate text, print the
 	$(BIN)/dsrun report $(DEMO_OUT)
 
 test: .venv/dev.done lint ## run the linters and the whole CPU test suite
-	$(BIN)/python -m pytest -n $(or $(WORKERS),2) -m "not gpu and not multigpu" $(TESTS)
+	$(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist worksteal -m "not gpu and not multigpu" $(TESTS)
 
 lint: .venv/dev.done ## check style and import directions
 	$(BIN)/ruff check .
