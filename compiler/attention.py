@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ def _attention_function(
     value: Tensor,
     attention_mask: Tensor | None = None,
     scaling: float | None = None,
-    **keywords: object,
+    **keywords: Any,
 ) -> tuple[Tensor, None]:
     """The function transformers calls for `attn_implementation`. Raises UserError for what it cannot keep."""
     unknown = sorted(name for name, value in keywords.items() if value is not None and name not in _UNDERSTOOD)

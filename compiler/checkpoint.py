@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
@@ -49,7 +50,7 @@ class Checkpoint:
     Files are read, not mapped: mapped pages would count as this process's memory until their file is closed.
     """
 
-    def __init__(self, directory: Path, model: nn.Module) -> None:
+    def __init__(self, directory: Path, model: PreTrainedModel) -> None:
         """Read the headers of all shards. Raises UserError naming a file that is missing, truncated or corrupt."""
         stored: dict[str, _Entry] = {}
         for file in _shards(directory):
@@ -85,7 +86,7 @@ class Checkpoint:
         try:
             with entry.file.open("rb") as file:
                 file.seek(entry.start)
-                count = file.readinto(data.numpy())  # type: ignore[attr-defined]
+                count = file.readinto(data.numpy())  # type: ignore[arg-type]
         except OSError as error:
             raise UserError(f"{entry.file}: cannot be read ({error.strerror})") from error
         if count != data.numel():
@@ -139,7 +140,7 @@ def _entry(file: Path, facts: dict, base: int, size: int) -> _Entry:
     return _Entry(file, dtype, shape, base + start, base + stop)
 
 
-def _under_model_names(stored: dict[str, _Entry], model: nn.Module) -> dict[str, _Entry]:
+def _under_model_names(stored: dict[str, _Entry], model: PreTrainedModel) -> dict[str, _Entry]:
     """Rename a checkpoint's tensors as transformers does when it loads them.
 
     transformers' renamings first, then the base model's prefix, which some checkpoints lack and others have too many

@@ -59,12 +59,13 @@ def parse_config(**options: Any) -> CompileConfig:
     known = {*CompileConfig.__dataclass_fields__, "target"} - {"targets"}
     for name in given.keys() - known:
         raise UserError(f"unknown option {name!r}: choose from {', '.join(sorted(known))}")
+    paths: dict[str, Any] = {name: Path(given.pop(name)) for name in ("calibrate", "dump_ir") if name in given}
     config = CompileConfig(
         dtype=str(given.pop("dtype", "auto")).removeprefix("torch."),
         targets=parse_targets(given.pop("target", "native")),
         dummy_weights=_dummy_weights(given.pop("dummy_weights", None)),
         require_fusion=_names(given.pop("require_fusion", ())),
-        **{name: Path(given.pop(name)) for name in ("calibrate", "dump_ir") if name in given},
+        **paths,
         **given,
     )
     _check_numbers(config)

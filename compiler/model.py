@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dscompile.compiler.quiet import quiet
 from dscompile.runtime.errors import UserError
 
 
-def build_on_meta(config: PretrainedConfig) -> nn.Module:
+def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
     """Return the causal language model of a configuration in float32, parameters on the meta device.
 
     Tracing in float32 lets every cast between a model's dtype and float32 vanish. Raises UserError for a
@@ -41,7 +41,7 @@ def _parameters_on_meta() -> Iterator[None]:
             param = nn.Parameter(param.to("meta"), requires_grad=False)
         register(module, name, param)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

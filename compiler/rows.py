@@ -50,6 +50,7 @@ def _is_rowwise(node: fx.Node, batched: dict[fx.Node, fx.Node]) -> bool:
 def _on_batched(graph: fx.Graph, node: fx.Node, batched: dict[fx.Node, fx.Node]) -> fx.Node | None:
     """A copy of a node on the twins of its inputs; None if its result is not [1, ...] of the node's."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: batched.get(n, n).meta["val"])
+    assert callable(node.target), "only call_function nodes come here"
     value = node.target(*args, **kwargs)
     shape = node.meta["val"].shape
     if value.ndim != len(shape) + 1 or any(bool(a != b) for a, b in zip(value.shape[1:], shape, strict=True)):

@@ -34,7 +34,7 @@ def trace_model(config: PretrainedConfig, max_seq_len: int) -> ModelGraph:
     freeze_rotary(model, max_seq_len)
     use_opaque_attention(model)
     values = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.device.type != "meta"}
-    program = _export(model.to("meta"))
+    program = _export(model.to("meta"))  # type: ignore[arg-type]
     graph = _with_named_weights(program, model, values, max_seq_len)
     _simplify(graph)
     _check_attention(graph, config)
@@ -161,7 +161,7 @@ def _is_identity(node: fx.Node) -> bool:
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), Tensor):
         return False
-    value, before = node.meta.get("val"), source.meta["val"]
+    value, before = node.meta["val"], source.meta["val"]
     match node.target:
         case _aten.alias.default | _aten.detach.default | _aten.detach_.default | _aten.lift_fresh_copy.default:
             return True
