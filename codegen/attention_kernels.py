@@ -167,11 +167,12 @@ def _prefill_launch(spec: Attention, operands: Operands, context: KernelContext)
     arguments.bind("out.y", "B", "blocks")
     numbers = _numbers(spec, operands, context) | _norm_numbers(spec)
     group_padded = next_power_of_2(int(numbers["GROUP"]))
-    wide = max(int(numbers["DP"]), int(numbers["DVP"])) > 128 or operands["in.q"].dtype == "float32"
-    rows = max(group_padded, 64 if wide else 128)
+    columns = max(int(numbers["DP"]), int(numbers["DVP"]))
+    wide, exact = columns > 128, operands["in.q"].dtype == "float32"
+    rows = max(group_padded, 16 if exact else 64 if wide else 128)
     keys = _keys(spec, operands, 64)
     numbers |= {"GP": group_padded, "BM": rows, "TOKENS": rows // group_padded, "BN": keys}
-    numbers["STAGES"] = 2 if wide else 3
+    numbers["STAGES"] = 2 if wide or exact else 3
     structure = _structure(spec, operands) | {
         "one_page": context.page_size % keys == 0,
         "split_loop": spec.causal and not spec.window and not spec.chunk,
@@ -181,7 +182,7 @@ def _prefill_launch(spec: Attention, operands: Operands, context: KernelContext)
         numbers,
         arguments.params,
         structure=structure,
-        num_warps=4 if rows * int(numbers["DVP"]) <= 8192 else 8,
+        num_warps=4 if rows * columns <= 8192 else 8,
         num_stages=int(numbers["STAGES"]),
     )
     grid = (Extent(1, "T", rows // group_padded, plus=1), Extent(spec.num_kv_heads))
@@ -189,6 +190,7 @@ def _prefill_launch(spec: Attention, operands: Operands, context: KernelContext)
 
 
 def _keys(spec: Attention, operands: Operands, keys: int) -> int:
-    """Keys of a step: fewer where a head is wide or its numbers take four bytes."""
-    width = max(spec.head_dim, spec.v_head_dim) * (2 if operands["in.q"].dtype == "float32" else 1)
-    return keys if width <= 128 else keys // 2
+    """Keys of a step: fewer where a head is wide, fewest in float32, whose products take registers."""
+    if operands["in.q"].dtype == "float32":
+        return 16
+    return keys if max(spec.head_dim, spec.v_head_dim) <= 128 else keys // 2

@@ -7,6 +7,8 @@ from dscompile.codegen.emit import KernelRequest
 from dscompile.codegen.linear_kernels import linear_program
 from dscompile.codegen.operands import KernelContext, Operand, Operands
 from dscompile.codegen.row_kernels import embed_program, row_norm_program
+from dscompile.codegen.targets import supports
+from dscompile.runtime.errors import UserError
 from dscompile.runtime.plan import Attention, Embed, Linear, Program, RowNorm
 
 __all__ = ["KernelContext", "Operand", "programs_for"]
@@ -20,7 +22,12 @@ def programs_for(
     operands: an entry for every role of the spec: "in.ROLE" and "out.ROLE" (dtype, row stride in elements, whether
               the first column is 16-byte aligned, shape [0 or any, columns]) and "w.ROLE" (dtype, stride, shape)
     Equal arguments give equal kernel names. Where spec.rows == "R", the cases of the program count R, not T.
+    Raises UserError where a target does not compute in the operands' dtype.
     """
+    for target in context.targets:
+        dtype = next(iter(operands.values())).dtype
+        if not supports(target, dtype):
+            raise UserError(f"{target} does not compute in {dtype}: choose --dtype float16 or another target")
     if isinstance(spec, Linear):
         return linear_program(spec, operands, context)
     if isinstance(spec, Attention):

@@ -69,7 +69,7 @@ def tile_config(spec: Linear, dtype: str, tokens: int, context: KernelContext) -
     even the lowest tile does not, and as many bytes under way as the shared memory holds.
     """
     entry = _measured(context, spec, dtype, tokens)
-    if entry:
+    if entry and _fits(TileConfig(**entry), spec, context):
         return TileConfig(**entry)
     sms = min(num_sms(t) for t in context.targets)
     block_t = max(8, next_power_of_2(tokens))
@@ -77,10 +77,21 @@ def tile_config(spec: Linear, dtype: str, tokens: int, context: KernelContext) -
     heights = [n for n in (128, 64, 32) if n >= lowest]
     block_n = next((n for n in heights if ceil_div(spec.out_features, n) >= 0.68 * sms), lowest)
     tiles = ceil_div(spec.out_features, block_n)
-    block_k, stages = _pipeline(spec, 4 if dtype == "float32" else 2, block_n + block_t, context)
+    block_k, stages = _pipeline(spec, 4 if dtype == "float32" else 2, _staged_rows(spec, block_n, block_t), context)
     splits = 1 if tiles >= 0.68 * sms else max(1, min(8, sms // tiles, spec.in_features // (4 * block_k)))
-    num_warps = 8 if block_n * block_t >= 16384 else 4
+    num_warps = 8 if block_n * block_t >= (2048 if dtype == "float32" else 16384) else 4
     return TileConfig(block_n, block_t, block_k, num_warps, stages, splits, prefetch=512)
+
+
+def _staged_rows(spec: Linear, block_n: int, block_t: int) -> int:
+    """Rows of BK columns that a step of the pipeline holds: of the weight, of x and of what is added to it."""
+    return block_n + block_t * (2 if spec.add else 1)
+
+
+def _fits(config: TileConfig, spec: Linear, context: KernelContext) -> bool:
+    """Whether a configuration measured without an added input also fits shared memory with it."""
+    used = 2 * config.stages * config.block_k * _staged_rows(spec, config.block_n, config.block_t)
+    return not spec.add or used <= 0.9 * context.shared_budget
 
 
 def _pipeline(spec: Linear, itemsize: int, rows: int, context: KernelContext) -> tuple[int, int]:

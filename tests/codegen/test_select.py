@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.kernel_shapes import ATTENTIONS, LINEARS, attention_operands, linear_operands
@@ -9,6 +11,7 @@ from dscompile.codegen.operands import KernelContext
 from dscompile.codegen.select import programs_for
 from dscompile.codegen.tune import row_candidates, tile_candidates
 from dscompile.codegen.tuned_table import tile_config
+from dscompile.runtime.errors import UserError
 from dscompile.runtime.plan import KVGroup, Program
 
 LINEAR_CASES = [(m, r) for m, (_, regions) in LINEARS.items() for r in regions]
@@ -79,3 +82,21 @@ def test_candidates_hold_every_size_of_tile_before_any_twice() -> None:
     assert len({(c.block_n, c.block_k, c.splits > 1) for c in first}) == 10
     gated = LINEARS["llama3-8b"][1]["mlp_in"]
     assert min(c.block_n for c in row_candidates(gated)) >= 2
+
+
+def test_a_target_without_the_dtype_is_refused() -> None:
+    dtype, regions = LINEARS["llama3-8b"]
+    spec = regions["attn_out"]
+    with pytest.raises(UserError, match="sm_75 does not compute in bfloat16"):
+        programs_for(spec, linear_operands(spec, dtype), context("sm_75"))
+
+
+def test_a_measured_configuration_is_used_only_where_it_fits() -> None:
+    dtype, regions = LINEARS["llama3-8b"]
+    spec = regions["attn_out"]
+    config = {"block_n": 64, "block_t": 32, "block_k": 128, "num_warps": 4, "stages": 8, "splits": 2, "prefetch": 512}
+    entry = {"shape": [4096, 4096], "gated": False, "tokens": 32, "config": config}
+    here = replace(context("sm_90"), measured=(entry,))
+    assert vars(tile_config(spec, dtype, 32, here)) | config == vars(tile_config(spec, dtype, 32, here))
+    added = replace(spec, add=True)
+    assert tile_config(added, dtype, 32, here).stages < 8
