@@ -38,11 +38,11 @@ def main() -> None:
         graph = trace_model(make(), 512)
         run_pipeline(graph, PIPELINE)
         print(name, flush=True)
-        limits = Limits(512, max(args.tokens))
-        entries = tune(graph, dtype, (args.target,), limits, _Print(), args.tokens, args.candidates)
-        for entry in entries:
-            print("   ", json.dumps(entry), flush=True)
-        merge(entries, args.table)
+        for tokens in args.tokens:
+            entries = tune(graph, dtype, (args.target,), Limits(512, tokens), _Print(), (tokens,), args.candidates)
+            for entry in entries:
+                print("   ", json.dumps(entry), flush=True)
+            merge(entries, args.table)
 
 
 def merge(entries: tuple[dict, ...], path: Path) -> None:

@@ -53,8 +53,9 @@ def tune(
         measured: dict[tuple, dict[str, Any]] = {}
         for count in [t for t in tokens if t <= limits.max_batch]:
             options = bench.options(count, candidates)
-            progress.start(f"tuning {count}", sum(len(o) for _, o in options), "configurations")
             best = bench.step_ms(tuple(measured.values()), count)
+            stage = f"tuning batch {count}, {best:.3f} ms"
+            progress.start(stage, sum(len(entries) for _, entries in options), "configurations")
             for key, entries in options:
                 for entry in entries:
                     elapsed = bench.step_ms((*(e for k, e in measured.items() if k != key), entry), count)
