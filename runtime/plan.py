@@ -228,7 +228,8 @@ class Launch:
       scratch.NAME              scratch memory of the program
       kv                        this layer's part of block 0 in the pool of the step's KV group (pool base + index *
                                 bytes of one layer in a block), so that layers of one class share a kernel
-      step.NAME                 tokens positions seq_starts context_lens logit_rows block_table slots ... (int32)
+      step.NAME                 tokens positions seq_starts context_lens logit_rows block_table slots (int32), and what
+                                sampling and advancing keep on the device (see cuda_state.StateLayout)
       T B R                     sizes, int32;  blocks: row stride of step.block_table, int32
     """
 
@@ -260,7 +261,10 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Program:
-    """The launches of a step, by token count; the first case that fits is taken."""
+    """The launches of a step, by token count; the first case that fits is taken.
+
+    The cases of a linear with rows "R" count rows of logits instead of tokens.
+    """
 
     cases: tuple[Case, ...]
     scratch: tuple[Scratch, ...] = ()
