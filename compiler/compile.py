@@ -41,9 +41,10 @@ def compile_model(model: str | Path, out: str | Path, *, progress: Progress | No
     """
     config = parse_config(**options)
     check_output(out, config.force)
-    source = find_model(model, weights=config.dummy_weights is None)
+    progress = progress or Silent()
+    source = find_model(model, config.dummy_weights is None, progress)
     with atomic_directory(out, config.force) as directory:
-        return _compile(source, config, directory, progress or Silent())
+        return _compile(source, config, directory, progress)
 
 
 def _compile(source: ModelSource, config: CompileConfig, directory: Path, progress: Progress) -> Report:

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
+from dscompile.compiler.progress import Progress, Silent
 from dscompile.compiler.quiet import quiet
 from dscompile.runtime.errors import UserError
 
@@ -24,6 +25,8 @@ TOKENIZER_FILES = (
 )
 _SLOW_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
 _DOWNLOADED = ("*.json", "*.jinja", "*.model", "*.txt")
+# Second copies of the weights in other layouts.
+_NOT_DOWNLOADED = ("*/*", "consolidated*")
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class ModelSource:
         return (self.config.architectures or [self.config.model_type])[0]
 
 
-def find_model(model: str | Path, weights: bool = True) -> ModelSource:
+def find_model(model: str | Path, weights: bool = True, progress: Progress | None = None) -> ModelSource:
     """Find a model's files, downloading them if `model` is a hub id that is not cached.
 
     weights: whether its weights are needed; without, config.json is enough.
@@ -75,7 +78,10 @@ def find_model(model: str | Path, weights: bool = True) -> ModelSource:
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise UserError(f"{name or 'MODEL'}: no such directory")
     else:
+        progress = progress or Silent()
+        progress.start("download")
         directory = _download(name, weights)
+        progress.finish()
     if not (directory / CONFIG).is_file():
         raise UserError(f"{name}: there is no {CONFIG} in this directory; give a Hugging Face model's directory or id")
     source = ModelSource(name, directory, _read_config(name, directory))
@@ -153,7 +159,7 @@ def _download(name: str, weights: bool) -> Path:
 
     patterns = [*_DOWNLOADED, "*.safetensors"] if weights else [*_DOWNLOADED]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=[*_NOT_DOWNLOADED]))
     except GatedRepoError as error:
         raise UserError(
             f"{name}: access to this model is restricted; accept its licence and log in to the hub"
