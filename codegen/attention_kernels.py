@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dscompile.codegen.emit import KernelRequest, kernel_request
 from dscompile.codegen.operands import Arguments, KernelContext, Operands, ceil_div, next_power_of_2
+from dscompile.codegen.targets import capability
 from dscompile.codegen.tuned_table import num_sms
 from dscompile.runtime.plan import Attention, Case, Extent, Launch, Program, Scratch
 
@@ -129,7 +130,7 @@ def decode_request(
     arguments.bind("blocks")
     group = spec.num_heads // spec.num_kv_heads
     use_dot = group > 1 or operands["in.q"].dtype != "float32"
-    keys = keys or _keys(spec, operands, 64)
+    keys = keys or _keys(spec, operands, context)
     numbers = _numbers(spec, operands, context) | _norm_numbers(spec)
     numbers |= {"GP": max(16, next_power_of_2(group)) if use_dot else 1, "BN": keys, "SPLITS": splits}
     numbers["STAGES"] = stages
@@ -168,11 +169,11 @@ def _prefill_launch(spec: Attention, operands: Operands, context: KernelContext)
     numbers = _numbers(spec, operands, context) | _norm_numbers(spec)
     group_padded = next_power_of_2(int(numbers["GROUP"]))
     columns = max(int(numbers["DP"]), int(numbers["DVP"]))
-    wide, exact = columns > 128, operands["in.q"].dtype == "float32"
-    rows = max(group_padded, 16 if exact else 64 if wide else 128)
-    keys = _keys(spec, operands, 64)
+    wide, scalar = columns > 128, _multiplies_in_registers(operands, context)
+    rows = max(group_padded, 16 if scalar else 64 if wide else 128)
+    keys = _keys(spec, operands, context)
     numbers |= {"GP": group_padded, "BM": rows, "TOKENS": rows // group_padded, "BN": keys}
-    numbers["STAGES"] = 2 if wide or exact else 3
+    numbers["STAGES"] = 2 if wide or scalar else 3
     structure = _structure(spec, operands) | {
         "one_page": context.page_size % keys == 0,
         "split_loop": spec.causal and not spec.window and not spec.chunk,
@@ -189,8 +190,13 @@ def _prefill_launch(spec: Attention, operands: Operands, context: KernelContext)
     return request, Launch("kernel", request.name, arguments.args, grid)
 
 
-def _keys(spec: Attention, operands: Operands, keys: int) -> int:
-    """Keys of a step: fewer where a head is wide, fewest in float32, whose products take registers."""
-    if operands["in.q"].dtype == "float32":
+def _keys(spec: Attention, operands: Operands, context: KernelContext) -> int:
+    """Keys of a step: fewer where a head is wide, fewest where products take registers."""
+    if _multiplies_in_registers(operands, context):
         return 16
-    return keys if max(spec.head_dim, spec.v_head_dim) <= 128 else keys // 2
+    return 64 if max(spec.head_dim, spec.v_head_dim) <= 128 else 32
+
+
+def _multiplies_in_registers(operands: Operands, context: KernelContext) -> bool:
+    """Whether tensor cores are of no use: in float32, and before sm_80, for which Triton has none."""
+    return operands["in.q"].dtype == "float32" or any(capability(t) < 80 for t in context.targets)
