@@ -22,7 +22,7 @@ demo: .venv/compiler.done ## compile the example model, generate text, print the
 	@echo
 	$(BIN)/dsrun report $(DEMO_OUT)
 
-test: .venv/dev.done lint ## run the linters and the whole CPU test suite
+test: .venv/dev.done lint types ## run the linters and the whole CPU test suite
 	$(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist worksteal -m "not gpu and not multigpu" $(TESTS)
 
 lint: .venv/dev.done ## check style and import directions

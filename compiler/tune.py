@@ -27,6 +27,7 @@ from dscompile.runtime.engine import Engine
 from dscompile.runtime.plan import Linear
 from dscompile.runtime.weights import ROW_SUM, make_weight
 
+BATCHES = (1, *(high for _, high in TILE_RANGES))
 CONTEXT_TOKENS = 128
 STEPS = 48
 WORTHWHILE = 0.997
@@ -39,7 +40,7 @@ def tune(
     targets: Sequence[str],
     limits: Limits,
     progress: Progress | None = None,
-    tokens: Iterable[int] = (1, *(high for _, high in TILE_RANGES)),
+    tokens: Iterable[int] = BATCHES,
     candidates: int = 8,
 ) -> tuple[dict[str, Any], ...]:
     """Return the best configuration of every linear and number of tokens up to max_batch, as in codegen/tuned.
