@@ -156,3 +156,24 @@ def test_unused_logit_rows_cost_nothing():
     result = driver.executor.launch(Batch((row,))).wait()
     assert result.tokens == [-1] and driver.executor.counters["logit_rows"] == 0
     assert rms_ratio(driver.step({0: [6]})[0], oracle(model, [3, 4, 5, 6])[-1:]) < 3e-6
+
+
+def test_small_steps_take_one_thread_and_leave_the_setting_alone(monkeypatch):
+    model, seen = make_model(), []
+    driver = Driver(model)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        prepare = driver.executor._prepare
+
+        def spy(*sizes):
+            runs, logits = prepare(*sizes)
+            return [*runs, lambda step: seen.append(torch.get_num_threads())], logits
+
+        driver.executor._prepare = spy
+        driver.step({0: [1, 2, 3]})
+        monkeypatch.setattr("dscompile.runtime.cpu_executor.SMALL_STEP", 0)
+        driver.step({0: [4]})
+        assert seen == [1, 2] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
