@@ -26,13 +26,18 @@ def main() -> None:
     rows = []
     for name in args.models.split(","):
         row = measure_ours(name, args)
+        rows.append(row)
         for how in filter(None, args.against.split(",")):
             row["peers"] += measure_peer(name, how, args)
-        rows.append(row)
+            _write(rows, args)
         _show(row)
-        result = {"command": f"python -m benchmarks.decode {_words(args)}", "models": rows}
-        path = write_result(args.name, result, args.out)
+        path = _write(rows, args)
     print(path)
+
+
+def _write(rows: list[dict[str, Any]], args: argparse.Namespace) -> Path:
+    result = {"command": f"python -m benchmarks.decode {_words(args)}", "models": rows}
+    return write_result(args.name, result, args.out)
 
 
 def measure_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -79,11 +84,17 @@ def compile_shapes(name: str, directory: Path, max_batch: int, max_seq_len: int)
 def measure_peer(name: str, how: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     make, dtype = MODELS[name]
     model = load_random(make(), dtype)
-    try:
-        return [measure(model, how, int(b), args.prompt, args.peer_new) for b in args.batch.split(",")]
-    finally:
-        del model
-        _free()
+    rows = []
+    for batch in map(int, args.batch.split(",")):
+        try:
+            rows.append(measure(model, how, batch, args.prompt, args.peer_new))
+        except Exception as error:  # a peer that cannot run the model is a result, whatever it raises
+            reason = " ".join(str(error).split())[:200]
+            rows.append({"peer": how, "batch": batch, "error": f"{type(error).__name__}: {reason}"})
+        print(f"  {rows[-1]}", flush=True)
+    del model
+    _free()
+    return rows
 
 
 def _free() -> None:
@@ -95,7 +106,9 @@ def _free() -> None:
 def _show(row: dict[str, Any]) -> None:
     print(f"{row['model']} {row['dtype']}  {row['ours']['device']}", flush=True)
     for b in row["ours"]["batches"]:
-        peers = "  ".join(f"{p['peer']} {p['decode_step_ms']:.2f}" for p in row["peers"] if p["batch"] == b["batch"])
+        peers = "  ".join(
+            f"{p['peer']} {p.get('decode_step_ms', float('nan')):.2f}" for p in row["peers"] if p["batch"] == b["batch"]
+        )
         print(
             f"  batch {b['batch']:>3}: step {b['decode_step_ms']:.3f} ms ({100 * b['bandwidth_fraction']:.0f}% of read "
             f"bandwidth), prefill {b['prefill_ms']:.1f} ms   {peers}",

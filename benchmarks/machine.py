@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +17,10 @@ RESULTS = Path(__file__).parent / "results"
 
 def machine_facts() -> dict[str, Any]:
     """GPU and its clocks, versions, commit."""
-    facts: dict[str, Any] = {"python": platform.python_version(), "commit": _command("git", "rev-parse", "HEAD")}
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "commit": _command("git", "rev-parse", "HEAD") or os.environ.get("COMMIT"),
+    }
     for package in ("torch", "triton", "transformers"):
         try:
             facts[package] = version(package)
