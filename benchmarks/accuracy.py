@@ -31,7 +31,9 @@ def main() -> None:
     for directory in args.models.split(","):
         rows.append(measure(Path(directory), args))
         print(json.dumps(rows[-1]), flush=True)
-    print(write_result("accuracy", {"command": "python -m benchmarks.accuracy", "models": rows}, args.out))
+    names = ",".join(Path(d).name for d in args.models.split(","))
+    command = f"python -m benchmarks.accuracy --models {names} --text {args.text.name}"
+    print(write_result("accuracy", {"command": command, "models": rows}, args.out))
 
 
 @torch.no_grad()
