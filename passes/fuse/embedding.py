@@ -9,6 +9,7 @@ from torch import fx
 from dscompile.passes import vocabulary
 from dscompile.passes.fuse.regions import fused_embed, other_users, replace_with_region
 from dscompile.passes.graph import ModelGraph
+from dscompile.passes.recipe import Scale
 from dscompile.passes.rule import Log, Rule, apply_rule
 from dscompile.runtime.plan import Embed
 
@@ -32,13 +33,16 @@ def _check(graph: ModelGraph, node: fx.Node) -> str | None:
     embed = _embed(node)
     if others := other_users(embed, node):
         return f"{embed.name} is also read by {others}"
-    if _grown(embed.args, node) is None:
+    if _grown(graph, embed.args, node) is None:
         return f"{node.name} does not fit the form norm((table + positions) * scale)"
     return None
 
 
-def _grown(args: tuple, node: fx.Node) -> tuple | None:
-    """The embedding's arguments with one more operation, or None where the form does not allow it."""
+def _grown(graph: ModelGraph, args: tuple, node: fx.Node) -> tuple | None:
+    """The embedding's arguments with one more operation, or None where the form does not allow it.
+
+    table * s + positions = (table + positions / s) * s
+    """
     tokens, positions, weights, spec = args
     if spec.norm is not None:
         return None
@@ -49,16 +53,19 @@ def _grown(args: tuple, node: fx.Node) -> tuple | None:
     if node.target is vocabulary.scale:
         return tokens, positions, weights, dataclasses.replace(spec, scale=spec.scale * node.args[1])
     table = next((a for a in node.args if a.target is vocabulary.position_embedding), None)
-    if table is None or spec.scale != 1.0 or spec.position_offset is not None:
+    if table is None or spec.scale == 0.0 or spec.position_offset is not None:
         return None
     _, weight, offset = table.args
+    if spec.scale != 1.0:
+        name = f"{weight.meta['weight']}/{spec.scale}"
+        weight = graph.add_weight(name, Scale(graph.recipe(weight), 1.0 / spec.scale))
     return tokens, positions, weights | {"positions_table": weight}, dataclasses.replace(spec, position_offset=offset)
 
 
 def _rewrite(graph: ModelGraph, node: fx.Node) -> None:
     embed = _embed(node)
     took = [embed, *(a for a in node.all_input_nodes if a.target is vocabulary.position_embedding), node]
-    replace_with_region(graph, node, fused_embed, _grown(embed.args, node), took, RULE.name)
+    replace_with_region(graph, node, fused_embed, _grown(graph, embed.args, node), took, RULE.name)
 
 
 ANCHOR = Rule("table[token]", lambda graph, node: node if node.target is vocabulary.embedding else None, _anchor)

@@ -53,6 +53,10 @@ def _name_function_of(graph: ModelGraph, x: fx.Node, log: Log) -> bool:
         if found is None:
             continue
         target, args = found
+        if (target, args) == (vocabulary.scale, (1.0,)):
+            exit_node.replace_all_uses_with(x)
+            log.matched("f(x) -> x")
+            return True
         with graph.graph.inserting_before(exit_node):
             new = graph.graph.call_function(target, (x, *args))
         new.meta = dict(exit_node.meta)

@@ -73,6 +73,7 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "gemma2": ("Gemma2Config", {**_LLAMA, "head_dim": 16, "sliding_window": 4, "query_pre_attn_scalar": 16}),
     "gemma3_text": ("Gemma3TextConfig", {**_LLAMA, **_WINDOWS, "head_dim": 16, "query_pre_attn_scalar": 16}),
     "phi": ("PhiConfig", _LLAMA),
+    "phi3": ("Phi3Config", _LLAMA),
     "phi3_longrope": (
         "Phi3Config",
         {**_LLAMA, "original_max_position_embeddings": 32, "rope_parameters": _LONGROPE},
@@ -103,6 +104,8 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "nemotron": ("NemotronConfig", _LLAMA),
     "glm4": ("Glm4Config", {**_LLAMA, "head_dim": 16}),
     "smollm3": ("SmolLM3Config", _LLAMA),
+    "ernie4_5": ("Ernie4_5Config", {**_LLAMA, "head_dim": 16}),
+    "ctrl": ("CTRLConfig", {**_GPT2, "dff": 128}),
 }
 
 RECURRENT: dict[str, tuple[str, dict]] = {
@@ -110,11 +113,55 @@ RECURRENT: dict[str, tuple[str, dict]] = {
         "MambaConfig",
         {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
     ),
+    "mamba2": (
+        "Mamba2Config",
+        {
+            "vocab_size": 128,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "state_size": 8,
+            "num_heads": 8,
+            "head_dim": 16,
+            "n_groups": 1,
+            "chunk_size": 8,
+        },
+    ),
+    "bamba": (
+        "BambaConfig",
+        {
+            **_LLAMA,
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 8,
+            "mamba_d_head": "auto",
+            "mamba_n_groups": 1,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 8,
+        },
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {
+            **_LLAMA,
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
     "recurrent_gemma": (
         "RecurrentGemmaConfig",
         {**_SIZES, "intermediate_size": 128, "num_key_value_heads": 1, "lru_width": 64, "attention_window_size": 8},
     ),
 }
+
+# How the tests compile them: room for every prompt of the gate, and for one that reads a position table too far.
+OPTIONS: dict = {"target": "cpu", "max_batch": 8, "max_seq_len": 60}
 
 EXPERTS = ("MixtralConfig", {**_LLAMA, "num_local_experts": 4})
 

@@ -1,0 +1,62 @@
+"""Every architecture compiles to what transformers computes, or is refused in one line; docs/coverage.md says which."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.coverage import DOCUMENT, refusal, row
+from dscompile.compiler.compile import compile_model
+from dscompile.runtime.errors import UserError
+from tests.compiler.tiny import CONFIGS, OPTIONS, RECURRENT, make_config, save_model
+
+# Models with norms after attention and MLP: the last sum is read by the head, which computes few of its rows.
+SANDWICHED = {"gemma2", "gemma3_text", "olmo2", "glm4"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_artifacts_agree_with_their_models(name, tmp_path):
+    save_model(name, tmp_path / "model")
+    report = compile_model(tmp_path / "model", tmp_path / "out", **OPTIONS)
+    assert report.verification.status == "passed"
+    assert {c.name for c in report.verification.checks} == {"prefill", "decode", "greedy tokens"}
+    assert all(c.limit <= 1e-4 for c in report.verification.checks)
+    assert len(report.fallbacks) == (name in SANDWICHED)
+    for layer_class in report.classes:
+        names = {r.name for r in layer_class.regions}
+        assert not layer_class.layers or names >= {"attn_in", "attention", "attn_out"}
+        assert "linear" not in names
+    _assert_documented(row(name, report))
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_models_are_refused_by_their_operator(name, tmp_path):
+    make_config(RECURRENT[name]).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"operator \S+ in \w+ mixes tokens") as caught:
+        compile_model(tmp_path / "model", tmp_path / "out", dummy_weights=True, **OPTIONS)
+    assert "\n" not in str(caught.value)
+    _assert_documented(refusal(name, str(caught.value)))
+
+
+def _assert_documented(line: str) -> None:
+    lines = [known.rsplit(" | ", 1)[0].rstrip(" |") for known in DOCUMENT.read_text(encoding="utf-8").splitlines()]
+    assert line.rstrip(" |") in lines, f"docs/coverage.md is stale; run python -m benchmarks.coverage: {line}"
+
+
+def test_the_short_rotary_table_serves_short_limits(tmp_path):
+    """longrope chooses its table by max_seq_len, whatever the length of a sequence."""
+    save_model("phi3_longrope", tmp_path / "model")
+    report = compile_model(tmp_path / "model", tmp_path / "out", **OPTIONS | {"max_seq_len": 32})
+    assert report.verification.status == "passed"
+
+
+def test_only_adapters_know_model_types():
+    root = Path(__file__).parents[2]
+    names = {path.stem for path in (root / "compiler" / "adapters").glob("*.py")} - {"__init__"}
+    quoted = re.compile(rf"""model_type\s*(==|in)|["']({"|".join(sorted(names))})["']""")
+    for package in ("compiler", "passes", "codegen", "runtime"):
+        for path in (root / package).rglob("*.py"):
+            if path.parent.name != "adapters":
+                assert not quoted.search(path.read_text(encoding="utf-8")), f"{path} knows a model type"
