@@ -9,13 +9,13 @@ from dscompile.codegen.operands import KernelContext, Operand, Operands
 from dscompile.codegen.row_kernels import embed_program, row_norm_program
 from dscompile.codegen.targets import supports
 from dscompile.runtime.errors import UserError
-from dscompile.runtime.plan import Attention, Embed, Linear, Program, RowNorm
+from dscompile.runtime.plan import Attention, Embed, Linear, Moe, Program, RowNorm
 
 __all__ = ["KernelContext", "Operand", "programs_for"]
 
 
 def programs_for(
-    spec: Embed | Linear | Attention | RowNorm, operands: Operands, context: KernelContext
+    spec: Embed | Linear | Attention | Moe | RowNorm, operands: Operands, context: KernelContext
 ) -> tuple[Program, tuple[KernelRequest, ...]]:
     """Return the program of a step and the kernels it launches.
 
@@ -28,6 +28,8 @@ def programs_for(
         dtype = next(iter(operands.values())).dtype
         if not supports(target, dtype):
             raise UserError(f"{target} does not compute in {dtype}: choose --dtype float16 or another target")
+    if isinstance(spec, Moe):
+        raise UserError("mixtures of experts are compiled for the CPU only so far: choose --target cpu")
     if isinstance(spec, Linear):
         return linear_program(spec, operands, context)
     if isinstance(spec, Attention):

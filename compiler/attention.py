@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from dscompile.compiler import experts
 from dscompile.passes import vocabulary  # noqa: F401  (defines torch.ops.dsc)
 from dscompile.runtime.errors import UserError
 
@@ -123,12 +123,6 @@ def _attention_function(
     return y, None
 
 
-def _experts_function(module: nn.Module, *_: Tensor) -> Tensor:
-    raise UserError(f"{type(module).__name__} is a mixture of experts, which dscompile does not compile yet")
-
-
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_function)
-
 # Registered with AttentionInterface but not with AttentionMaskInterface: every create_*_mask then returns None,
 # and the traced graph holds no mask.
 AttentionInterface.register(IMPLEMENTATION, _attention_function)
@@ -136,8 +130,9 @@ AttentionInterface.register(IMPLEMENTATION, _attention_function)
 
 def use_opaque_attention(model: nn.Module) -> None:
     """Send every module that asks transformers' registries for its attention or its experts through the seam."""
+    experts.read_experts(model)
     for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
         if hasattr(config, "_attn_implementation_internal"):
             config._attn_implementation_internal = IMPLEMENTATION
         if hasattr(config, "_experts_implementation_internal"):
-            config._experts_implementation_internal = IMPLEMENTATION
+            config._experts_implementation_internal = experts.IMPLEMENTATION

@@ -7,12 +7,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from dscompile.passes.recipe import Source
 from dscompile.runtime.errors import UserError
@@ -42,6 +43,26 @@ class _Entry:
     shape: tuple[int, ...]
     start: int
     stop: int
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """A tensor that transformers makes of several stored ones: parts holds theirs by the converter's source pattern."""
+
+    converter: WeightConverter
+    parts: dict[str, list[_Entry]]
+    target: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def file(self) -> Path:
+        return next(iter(self.parts.values()))[0].file
+
+    def read(self) -> Tensor:
+        return _convert(self.converter, {p: [_read(e) for e in entries] for p, entries in self.parts.items()})[
+            self.target
+        ]
 
 
 class Checkpoint:
@@ -82,16 +103,20 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU. Raises UserError naming the file if it cannot be read."""
         entry = self._entries[name]
-        data = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
-        try:
-            with entry.file.open("rb") as file:
-                file.seek(entry.start)
-                count = file.readinto(data.numpy())  # type: ignore[arg-type]
-        except OSError as error:
-            raise UserError(f"{entry.file}: cannot be read ({error.strerror})") from error
-        if count != data.numel():
-            raise UserError(f"{entry.file}: is truncated; download it again")
-        return data.view(entry.dtype).view(entry.shape)
+        return entry.read() if isinstance(entry, _Converted) else _read(entry)
+
+
+def _read(entry: _Entry) -> Tensor:
+    data = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+    try:
+        with entry.file.open("rb") as file:
+            file.seek(entry.start)
+            count = file.readinto(data.numpy())  # type: ignore[arg-type]
+    except OSError as error:
+        raise UserError(f"{entry.file}: cannot be read ({error.strerror})") from error
+    if count != data.numel():
+        raise UserError(f"{entry.file}: is truncated; download it again")
+    return data.view(entry.dtype).view(entry.shape)
 
 
 def _shards(directory: Path) -> list[Path]:
@@ -140,23 +165,75 @@ def _entry(file: Path, facts: dict, base: int, size: int) -> _Entry:
     return _Entry(file, dtype, shape, base + start, base + stop)
 
 
-def _under_model_names(stored: dict[str, _Entry], model: PreTrainedModel) -> dict[str, _Entry]:
-    """Rename a checkpoint's tensors as transformers does when it loads them.
+def _under_model_names(stored: dict[str, _Entry], model: PreTrainedModel) -> dict[str, _Entry | _Converted]:
+    """Rename and join a checkpoint's tensors as transformers does when it loads them.
 
-    transformers' renamings first, then the base model's prefix, which some checkpoints lack and others have too many
-    of. Tied weights are found under whichever of their names is stored.
+    transformers' renamings first, then at most one conversion of several tensors into one (experts that are stored one
+    by one), then the base model's prefix, which some checkpoints lack and others have too many of. Tied weights are
+    found under whichever of their names is stored.
     """
     wanted = set(model.state_dict())
     prefix = f"{model.base_model_prefix}."
-    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    entries: dict[str, _Entry] = {}
-    for key, entry in stored.items():
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    entries: dict[str, _Entry | _Converted] = {}
+    parts: dict[str, tuple[WeightConverter, dict[str, list[_Entry]]]] = {}
+    for key in sorted(stored, key=_natural):
         name = key
         for renaming in renamings:
             name, _ = renaming.rename_source_key(name)
+        converter, pattern = None, None
+        if key not in wanted and name not in wanted:
+            converter, name, pattern = _first_conversion(converters, name)
         candidates = (key, name, prefix + name, name.removeprefix(prefix))
-        entries[next((c for c in candidates if c in wanted), name)] = entry
+        name = next((c for c in candidates if c in wanted), name)
+        if converter is None or pattern is None:
+            entries[name] = stored[key]
+        else:
+            parts.setdefault(name, (converter, {}))[1].setdefault(pattern, []).append(stored[key])
+    for name, (converter, found) in parts.items():
+        entries |= _converted(name, converter, found)
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if source not in entries and target in entries:
             entries[source] = entries[target]
     return entries
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    """Sorts experts.2 before experts.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
+
+
+def _first_conversion(converters: list[WeightConverter], name: str) -> tuple[WeightConverter | None, str, str | None]:
+    for converter in converters:
+        renamed, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            return converter, renamed, pattern
+    return None, name, None
+
+
+def _converted(name: str, converter: WeightConverter, parts: dict[str, list[_Entry]]) -> dict[str, _Converted]:
+    """The tensors a conversion makes, by name; their shapes are found by converting empty ones."""
+    first = next(iter(parts.values()))[0]
+    empty = {p: [torch.empty(e.shape, dtype=e.dtype, device="meta") for e in es] for p, es in parts.items()}
+    try:
+        made = _convert(converter, empty)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{first.file}: the tensors of {name!r} cannot be joined ({reason})") from error
+    head = converter.target_patterns[0]
+    return {
+        name.replace(head, target): _Converted(converter, parts, target, tensor.dtype, tuple(tensor.shape))
+        for target, tensor in made.items()
+    }
+
+
+def _convert(converter: WeightConverter, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """Apply a conversion's operations, in the order of its source patterns."""
+    current: Any = {p: tensors[p] for p in converter.source_patterns if p in tensors}
+    for operation in converter.operations:
+        current = operation.convert(
+            current, source_patterns=converter.source_patterns, target_patterns=converter.target_patterns
+        )
+    return current

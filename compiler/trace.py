@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from transformers import PretrainedConfig
 
 from dscompile.compiler.adapters import adapt
@@ -30,6 +31,7 @@ def trace_model(config: PretrainedConfig, max_seq_len: int) -> ModelGraph:
     Raises UserError for a model whose attention is not understood, or in which another operator mixes tokens.
     """
     model = build_on_meta(config)
+    _refuse_convolutions(model)
     adapt(model)
     freeze_rotary(model, max_seq_len)
     use_opaque_attention(model)
@@ -39,6 +41,17 @@ def trace_model(config: PretrainedConfig, max_seq_len: int) -> ModelGraph:
     _simplify(graph)
     _check_attention(graph, config)
     return graph
+
+
+def _refuse_convolutions(model: nn.Module) -> None:
+    """Refuse what check_tokens would refuse, before tracing, which takes minutes for scans that unroll."""
+    for parent in model.modules():
+        for child in parent.children():
+            if isinstance(child, nn.Conv1d) and child.kernel_size != (1,):
+                raise UserError(
+                    f"operator aten.conv1d.default in {type(parent).__name__} mixes tokens (it slides over them); "
+                    f"dscompile compiles models in which only attention does"
+                )
 
 
 class _Logits(nn.Module):
@@ -178,11 +191,13 @@ def _is_identity(node: fx.Node) -> bool:
 
 def _check_attention(graph: ModelGraph, config: PretrainedConfig) -> None:
     """Refuse a graph in which anything but one attention node per layer mixes tokens."""
-    targets = [str(n.target) for n in graph.graph.nodes]
+    hard_coded = any(
+        "softmax" in str(n.target) and not is_concrete_int(n.meta["val"].shape[-1]) for n in graph.graph.nodes
+    )
     layers = config.get_text_config(decoder=True).num_hidden_layers
     found = [n.args[4] for n in graph.graph.nodes if n.target is torch.ops.dsc.attention.default]
     complete = sorted(found) == list(range(layers))
-    if complete or not any("softmax" in target for target in targets):
+    if complete or not hard_coded:
         check_tokens(graph.module)
     if not complete:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from dscompile.passes.fuse.embedding import fuse_embedding
 from dscompile.passes.fuse.epilogue import fuse_epilogue
+from dscompile.passes.fuse.experts import fuse_experts
 from dscompile.passes.fuse.gate import fuse_gate
 from dscompile.passes.fuse.head import gather_head_rows
 from dscompile.passes.fuse.linears import anchor_linears
@@ -20,6 +21,7 @@ from dscompile.passes.normalize.cleanup import (
 )
 from dscompile.passes.normalize.elementwise import canonical_arithmetic, name_functions
 from dscompile.passes.normalize.embeddings import canonical_embeddings
+from dscompile.passes.normalize.experts import canonical_experts
 from dscompile.passes.normalize.layers import assign_layers
 from dscompile.passes.normalize.linears import canonical_linears, split_packed_linears
 from dscompile.passes.normalize.norms import canonical_norms
@@ -37,6 +39,7 @@ PIPELINE = (
             keep_batch_dimension,
             fold_weight_arithmetic,
             canonical_linears,
+            canonical_experts,
             drop_noops,
             canonical_norms,
             canonical_attentions,
@@ -54,6 +57,7 @@ PIPELINE = (
             fuse_gate,
             fuse_epilogue,
             fuse_residual,
+            fuse_experts,
             pack_siblings,
             fuse_prologue,
             fuse_embedding,

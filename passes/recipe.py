@@ -41,9 +41,10 @@ class ConcatColumns:
 
 @dataclass(frozen=True)
 class Transpose:
-    """A matrix with its two dimensions exchanged."""
+    """x with two of its dimensions exchanged, the last two unless `dims` says otherwise."""
 
     x: Recipe
+    dims: tuple[int, int] = (-2, -1)
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,10 @@ def shape_of(recipe: Recipe) -> tuple[int, ...]:
             first, *_ = shapes = [shape_of(p) for p in recipe.parts]
             return (*first[:-1], sum(s[-1] for s in shapes))
         case Transpose():
-            rows, columns = shape_of(recipe.x)
-            return (columns, rows)
+            shape = list(shape_of(recipe.x))
+            a, b = recipe.dims
+            shape[a], shape[b] = shape[b], shape[a]
+            return tuple(shape)
         case Gather():
             return (len(recipe.index), *shape_of(recipe.x)[1:])
         case Slice():
@@ -197,7 +200,7 @@ def evaluate(recipe: Recipe, lookup: Callable[[Source | Constant], Tensor]) -> T
         case ConcatColumns():
             return _join([evaluate(p, lookup) for p in recipe.parts], -1)
         case Transpose():
-            return evaluate(recipe.x, lookup).t().contiguous()
+            return evaluate(recipe.x, lookup).transpose(*recipe.dims).contiguous()
         case Reshape():
             return evaluate(recipe.x, lookup).reshape(recipe.shape)
         case Gather():

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dscompile.runtime.plan import Activation, Norm
+from dscompile.runtime.ops_moe import gate as moe_gate
+from dscompile.runtime.ops_moe import route
+from dscompile.runtime.plan import Activation, Moe, Norm, Router
 from dscompile.runtime.plan import Attention as AttentionSpec
 
 
@@ -64,6 +66,47 @@ def traced_attention(
 @traced_attention.register_fake
 def _(q, k, v, positions, layer, scale, causal=True, window=0, chunk=0, softcap=0.0, sinks=None, alibi=None):
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+@torch.library.custom_op("dsc::moe", mutates_args=())
+def traced_moe(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    limit: float,
+    shift: float,
+    transposed: bool,
+    interleaved: bool,
+    scale_input: bool,
+) -> Tensor:
+    """The experts of a layer, as tracing sees them: x [T, K], index and weights [T, k] -> [T, K].
+
+    gate_up [E, 2 F, K] and down [E, K, F], or each transposed; gate and up rows one after the other, or alternating if
+    `interleaved`. The rest is that of `plan.Moe`.
+    """
+    if transposed:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    spec = Moe(0, 0, Router(len(down), 1, "none", False), activation, limit, shift)  # type: ignore[arg-type]
+    y = torch.zeros_like(x)
+    for token, (experts, factors) in enumerate(zip(index.tolist(), weights, strict=True)):
+        for e, factor in zip(experts, factors, strict=True):
+            v = x[token] * factor if scale_input else x[token]
+            product = F.linear(v, gate_up[e], None if gate_up_bias is None else gate_up_bias[e])
+            if interleaved:
+                product = torch.cat([product[::2], product[1::2]])
+            out = F.linear(moe_gate(spec, product), down[e], None if down_bias is None else down_bias[e])
+            y[token] += out if scale_input else out * factor
+    return y
+
+
+@traced_moe.register_fake
+def _(x, index, weights, gate_up, down, gate_up_bias, down_bias, *_):
+    return torch.empty_like(x)
 
 
 def embedding(tokens: Tensor, table: Tensor) -> Tensor:
@@ -145,6 +188,27 @@ def attention(
         slopes,
     )
     return y.flatten(2)
+
+
+def moe(x: Tensor, logits: Tensor, residuals: tuple[Tensor, ...], weights: dict[str, Tensor], spec: Moe) -> Tensor:
+    """[1, T, K], [1, T, num_experts], [1, T, K] each -> [1, T, K], see `plan.Moe`."""
+    index, factors = route(logits[0], weights.get("correction"), spec.router)
+    y = traced_moe(
+        x[0],
+        index,
+        factors,
+        weights["gate_up"],
+        weights["down"],
+        weights.get("gate_up_bias"),
+        weights.get("down_bias"),
+        spec.activation,
+        spec.limit,
+        spec.shift,
+        False,
+        False,
+        spec.scale_input,
+    )
+    return sum(residuals, y[None])
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:

@@ -19,8 +19,9 @@ from dscompile.runtime.kv_cache import KVPool
 from dscompile.runtime.ops_aten import bind_aten
 from dscompile.runtime.ops_attention import bind_attention
 from dscompile.runtime.ops_linear import PackedWeights, bind_linear
+from dscompile.runtime.ops_moe import bind_moe
 from dscompile.runtime.ops_norm import bind_norm, compute_dtype
-from dscompile.runtime.plan import Aten, Attention, Embed, Linear, RowNorm, Sample, Spec
+from dscompile.runtime.plan import Aten, Attention, Embed, Linear, Moe, RowNorm, Sample, Spec
 
 Tensors = dict[str, torch.Tensor]
 Run = Callable[[StepInputs], None]
@@ -44,6 +45,8 @@ def bind(
         case Attention():
             assert pool is not None, "attention needs the pool of its group"
             return bind_attention(spec, inputs, outputs, weights, pool)
+        case Moe():
+            return bind_moe(spec, inputs, outputs, weights)
         case Embed():
             return _bind_embed(spec, outputs, weights)
         case RowNorm():
@@ -79,7 +82,7 @@ def output_widths(spec: Spec, inputs: Tensors, weights: Tensors) -> dict[str, in
             return {"y": spec.num_heads * spec.v_head_dim}
         case Embed():
             return {"y": weights["table"].shape[1]}
-        case RowNorm():
+        case RowNorm() | Moe():
             return {"y": inputs["x"].shape[1]}
     raise TypeError(f"no output widths for {type(spec).__name__}")
 

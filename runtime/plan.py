@@ -138,6 +138,54 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Router:
+    """Which experts serve a token and with which weights, from its logits l [num_experts].
+
+    s = score(l);  c = s + correction if `correction`, else s
+    If num_groups > 1 the experts form that many groups of equal size, and only those of the top_groups groups whose
+    group_top largest c have the largest sum can be chosen (DeepSeek-AI 2024).
+    The top_k experts of largest c serve the token. Their weights are s * scale, s divided by its sum over the chosen
+    first if `normalize`.
+    """
+
+    num_experts: int
+    top_k: int
+    score: Literal["softmax", "sigmoid", "none"]
+    normalize: bool
+    scale: float = 1.0
+    correction: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
+    group_top: int = 1
+
+
+@dataclass(frozen=True)
+class Moe:
+    """A mixture of experts: y = sum over the chosen e of w_e * expert_e(x), + residual_0 + residual_1 ...
+
+    expert_e(x) = down_e (act(min(g, limit)) * (clamp(u, -limit, limit) + shift)) [+ down_bias_e]
+    [g | u] = gate_up_e x [+ gate_up_bias_e];  limit 0: none
+    scale_input: expert_e(w_e * x) instead of w_e * expert_e(x)
+
+    in:      x [T, K]; logits [T, num_experts]; residual0.. [T, K]
+    weights: gate_up [num_experts, 2 F, K], gate rows first; down [num_experts, K, F];
+             gate_up_bias [num_experts, 2 F] and down_bias [num_experts, K] if `bias`;
+             correction [num_experts] float32 if the router has one
+    out:     y [T, K]
+    """
+
+    in_features: int
+    hidden_features: int
+    router: Router
+    activation: Activation
+    limit: float = 0.0
+    shift: float = 0.0
+    bias: bool = False
+    scale_input: bool = False
+    residuals: int = 0
+
+
+@dataclass(frozen=True)
 class RowNorm:
     """A norm that no linear could take in: y = norm(x [+ add]). in: x, add; weights: norm_weight, norm_bias; out: y."""
 
@@ -163,7 +211,7 @@ class Sample:
     """Choose a token for each row of logits [R, V] float32. in: logits. Tokens belong to the step, not to a buffer."""
 
 
-Spec = Embed | Linear | Attention | RowNorm | Aten | Sample
+Spec = Embed | Linear | Attention | Moe | RowNorm | Aten | Sample
 
 
 # ---------------------------------------------------------------- where it is computed

@@ -8,7 +8,7 @@ from dscompile.runtime.errors import UserError
 from dscompile.runtime.kv_cache import dtype_of
 from dscompile.runtime.manifest import Manifest
 from dscompile.runtime.ops_aten import resolve
-from dscompile.runtime.plan import Aten, Attention, Embed, Launch, Linear, Norm, Plan, RowNorm, Sample, Spec, Step
+from dscompile.runtime.plan import Aten, Attention, Embed, Launch, Linear, Moe, Norm, Plan, RowNorm, Sample, Spec, Step
 
 ROWS = ("T", "R")
 STEP_PROGRAMS = "step."
@@ -93,6 +93,8 @@ def _signature(plan: Plan, spec: Spec, step: Step) -> tuple[dict, dict, dict]:
             return _linear(spec)
         case Attention():
             return _attention(plan, spec)
+        case Moe():
+            return _moe(spec)
         case Embed():
             y = step.outputs["y"].stop - step.outputs["y"].start if "y" in step.outputs else 0
             weights: dict = {"table": (plan.vocab_size, y), **_norm(spec.norm, "norm", y)}
@@ -148,6 +150,20 @@ def _attention(plan: Plan, spec: Attention) -> tuple[dict, dict, dict]:
     weights |= {"sinks": (spec.num_heads,)} if spec.sinks else {}
     outputs = {"y": spec.num_heads * spec.v_head_dim}
     return {"q": q, "k": k, "v": spec.num_kv_heads * spec.v_head_dim}, outputs, weights
+
+
+def _moe(spec: Moe) -> tuple[dict, dict, dict]:
+    router, k, f = spec.router, spec.in_features, spec.hidden_features
+    experts = router.num_experts
+    _need(0 < router.top_k <= experts, "chooses more experts than there are")
+    _need(router.num_groups > 0 and experts % router.num_groups == 0, "has groups of unequal sizes")
+    _need(router.top_k <= experts // router.num_groups * router.top_groups, "chooses more experts than groups hold")
+    _need(router.group_top <= experts // router.num_groups, "judges groups by more experts than they hold")
+    inputs = {"x": k, "logits": experts} | {f"residual{i}": k for i in range(spec.residuals)}
+    weights: dict = {"gate_up": (experts, 2 * f, k), "down": (experts, k, f)}
+    weights |= {"gate_up_bias": (experts, 2 * f), "down_bias": (experts, k)} if spec.bias else {}
+    weights |= {"correction": (experts,)} if router.correction else {}
+    return inputs, {"y": k}, weights
 
 
 def _aten(spec: Aten, step: Step) -> None:

@@ -11,17 +11,20 @@ from dscompile.passes.fuse.regions import fused_embed, fused_linear
 from dscompile.passes.graph import ModelGraph
 from dscompile.passes.rule import Log
 
-ORDER = ("attn_in", "mlp_in", "attn_out", "mlp_out")
+ORDER = ("attn_in", "mlp_in", "router", "attn_out", "mlp_out")
 VIEWS = {operator.getitem, vocabulary.columns}
 
 
 def name_regions(graph: ModelGraph, log: Log) -> None:
-    """Set meta["regions"]: embed, attn_in, attention, attn_out, mlp_in, mlp_out, head or norm; there may be several."""
+    """Set meta["regions"]: embed, attn_in, attention, attn_out, mlp_in, mlp_out, router,
+    moe, head or norm; there may be several."""
     for node in graph.graph.nodes:
         if node.target is fused_linear:
             node.meta["regions"] = _linear_names(node)
         elif node.target is vocabulary.attention:
             node.meta["regions"] = ("attention",)
+        elif node.target is vocabulary.moe:
+            node.meta["regions"] = ("moe",)
         elif node.target is fused_embed:
             node.meta["regions"] = ("embed",)
         elif node.target is vocabulary.norm:
@@ -37,6 +40,8 @@ def _linear_names(node: fx.Node) -> tuple[str, ...]:
         names.append("attn_in")
     if any(_computes_hidden(node, r) for r in readers):
         names.append("mlp_in")
+    if any(r.target is vocabulary.moe and _producer(r.args[1]) is node for r in readers):
+        names.append("router")
     for x in node.args[0]:
         producer = _producer(x)
         if producer.target is vocabulary.attention:

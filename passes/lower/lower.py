@@ -123,6 +123,8 @@ class _Lowering:
             self._linear(node)
         elif node.target is vocabulary.attention:
             self._attention(node)
+        elif node.target is vocabulary.moe:
+            self._moe(node)
         elif node.target is vocabulary.norm:
             x, weight, bias, norm = node.args
             roles = {"norm_weight": weight, "norm_bias": bias}
@@ -156,6 +158,12 @@ class _Lowering:
         inputs = {role: self.placement.ref(x) for role, x in (("q", q), ("k", k), ("v", v))}
         self._step(node, spec, inputs, weights)
 
+    def _moe(self, node: fx.Node) -> None:
+        x, logits, residuals, weights, spec = node.args
+        inputs = {"x": self.placement.ref(x), "logits": self.placement.ref(logits)}
+        inputs |= {f"residual{i}": self.placement.ref(r) for i, r in enumerate(residuals)}
+        self._step(node, spec, inputs, weights)
+
     def _sample(self, node: fx.Node) -> None:
         (logits,) = node.args
         if logits.target is not fused_linear or logits.args[3].rows != "R":
@@ -184,6 +192,9 @@ class _Lowering:
         regions: tuple[str, ...],
     ) -> None:
         layer = node.meta.get("layer")
+        written = {ref.buffer for step in self.steps for ref in step.outputs.values()}
+        if missing := sorted({ref.buffer for ref in inputs.values()} - written):
+            raise UserError(f"{node.name} reads {missing[0]}, which no region computes; report the architecture")
         prefix = "" if layer is None else f"layers.{layer}."
         name, taken = prefix + "+".join(regions), {s.name for s in self.steps}
         name = next(n for n in (name, *(f"{name}.{i}" for i in range(1, len(taken) + 2))) if n not in taken)

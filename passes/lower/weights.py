@@ -8,9 +8,11 @@ from dscompile.passes.graph import ModelGraph
 from dscompile.passes.recipe import Cast, Constant, Recipe, RowSum, shape_of
 from dscompile.runtime.plan import Weight
 
-FLOAT32_ROLES = {"rope_cos", "rope_sin", "alibi_slopes", "sinks"}
+FLOAT32_ROLES = {"rope_cos", "rope_sin", "alibi_slopes", "sinks", "correction"}
 # How dummy weights are made by role; a norm's weight is ones and its bias zeros.
-INITIAL = {"weight": "normal:0.02", "table": "normal:0.02", "positions_table": "normal:0.02", "bias": "normal:0.02"}
+INITIAL = dict.fromkeys(("weight", "table", "positions_table", "bias", "gate_up", "down"), "normal:0.02") | {
+    "correction": "zeros"
+}
 
 
 class WeightTable:

@@ -37,6 +37,28 @@ def test_tensors_are_read_by_name(saved):
         assert torch.equal(checkpoint.read(name), expected), name
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_experts_stored_one_by_one_are_joined(name, tmp_path):
+    model = save_model(name, tmp_path)
+    checkpoint = _open(tmp_path)
+    for key, expected in model.state_dict().items():
+        assert torch.equal(checkpoint.read(key), expected), key
+
+
+def test_experts_are_joined_in_the_order_of_their_numbers(tmp_path):
+    model = save_model("mixtral", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    (name,) = [n for n in tensors if "layers.0" in n and "experts.3.w2" in n]
+    for number in range(4, 12):
+        tensors[name.replace(".3.", f".{number}.")] = torch.full_like(tensors[name], number)
+    save_file(tensors, file)
+    joined = _open(tmp_path).read("model.layers.0.mlp.experts.down_proj")
+    assert joined.shape[0] == 12
+    assert torch.equal(joined[:4], model.state_dict()["model.layers.0.mlp.experts.down_proj"])
+    assert joined[4:, 0, 0].tolist() == list(range(4, 12))
+
+
 def test_shards_are_found_through_the_index(tmp_path):
     model = save_model("llama", tmp_path / "model", max_shard_size="60KB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2

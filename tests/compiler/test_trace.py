@@ -10,7 +10,7 @@ from dscompile.compiler.rotary import freeze_rotary
 from dscompile.compiler.trace import trace_model
 from dscompile.passes.recipe import Source
 from dscompile.runtime.errors import UserError
-from tests.compiler.tiny import CONFIGS, EXPERTS, RECURRENT, make_config, make_model
+from tests.compiler.tiny import CONFIGS, RECURRENT, make_config, make_model
 from tests.helpers import rms_ratio
 
 
@@ -92,9 +92,10 @@ def test_recurrent_models_are_refused_by_operator(name):
         trace_model(make_config(RECURRENT[name]), max_seq_len=64)
 
 
-def test_mixtures_of_experts_are_refused():
-    with pytest.raises(UserError, match="mixture of experts"):
-        trace_model(make_config(EXPERTS), max_seq_len=64)
+def test_experts_with_an_unknown_gate_are_refused(monkeypatch):
+    monkeypatch.setattr("dscompile.compiler.experts.read_gate", lambda apply: None)
+    with pytest.raises(UserError, match="MixtralExperts computes its experts in a way"):
+        trace_model(make_config(CONFIGS["mixtral"]), max_seq_len=64)
 
 
 def test_attention_that_ignores_the_seam_is_refused(monkeypatch):

@@ -105,6 +105,22 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "glm4": ("Glm4Config", {**_LLAMA, "head_dim": 16}),
     "smollm3": ("SmolLM3Config", _LLAMA),
     "ernie4_5": ("Ernie4_5Config", {**_LLAMA, "head_dim": 16}),
+    "mixtral": ("MixtralConfig", {**_LLAMA, "num_local_experts": 4}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**_LLAMA, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            **_LLAMA,
+            **_WINDOWS,
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
     "ctrl": ("CTRLConfig", {**_GPT2, "dff": 128}),
 }
 
@@ -162,8 +178,6 @@ RECURRENT: dict[str, tuple[str, dict]] = {
 
 # How the tests compile them: room for every prompt of the gate, and for one that reads a position table too far.
 OPTIONS: dict = {"target": "cpu", "max_batch": 8, "max_seq_len": 60}
-
-EXPERTS = ("MixtralConfig", {**_LLAMA, "num_local_experts": 4})
 
 # Eager attention of transformers adds alibi twice here, scaled and unscaled; its sdpa path does not.
 REFERENCE_ATTENTION = {"falcon_alibi": "sdpa"}
