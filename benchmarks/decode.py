@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import RESULTS, write_result
-from benchmarks.models import MODELS
+from benchmarks.models import MODELS, ONE_GPU
 from benchmarks.peers import load_random, measure
 from dscompile.runtime import load
 from dscompile.runtime.bench import bench, kernel_times
@@ -123,7 +123,7 @@ def _words(args: argparse.Namespace) -> str:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated: " + ", ".join(MODELS))
+    parser.add_argument("--models", default=",".join(ONE_GPU), help="comma-separated: " + ", ".join(MODELS))
     parser.add_argument("--batch", default="1,32", help="comma-separated batch sizes")
     parser.add_argument("--against", default="eager", help="comma-separated peers: eager, compile; empty for none")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")

@@ -25,6 +25,12 @@ def _llama3_8b() -> LlamaConfig:
     )
 
 
+def _llama3_70b() -> LlamaConfig:
+    config = _llama3_8b()
+    config.update({"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64})
+    return config
+
+
 def _gptj_6b() -> GPTJConfig:
     return GPTJConfig(tie_word_embeddings=False, architectures=["GPTJForCausalLM"])
 
@@ -33,9 +39,12 @@ def _bloom_7b1() -> BloomConfig:
     return BloomConfig(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32, architectures=["BloomForCausalLM"])
 
 
+# One GPU holds each of these.
+ONE_GPU = ("gptj-6b", "bloom-7b1", "llama3-8b")
 # name -> (configuration, dtype its checkpoint is published in)
 MODELS: dict[str, tuple[Callable[[], PretrainedConfig], str]] = {
     "gptj-6b": (_gptj_6b, "float16"),
     "bloom-7b1": (_bloom_7b1, "float16"),
     "llama3-8b": (_llama3_8b, "bfloat16"),
+    "llama3-70b": (_llama3_70b, "bfloat16"),
 }

@@ -10,7 +10,7 @@ import json
 import time
 from pathlib import Path
 
-from benchmarks.models import MODELS
+from benchmarks.models import MODELS, ONE_GPU
 from dscompile.compiler.trace import trace_model
 from dscompile.compiler.tune import tune
 from dscompile.passes.lower.lower import Limits
@@ -55,7 +55,7 @@ def merge(entries: tuple[dict, ...], path: Path) -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=lambda s: s.split(","), default=list(MODELS))
+    parser.add_argument("--models", type=lambda s: s.split(","), default=list(ONE_GPU))
     parser.add_argument("--tokens", type=lambda s: [int(t) for t in s.split(",")], default=[1, 8, 16, 32, 64, 128])
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--target", default="sm_90")
