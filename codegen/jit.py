@@ -79,4 +79,4 @@ class JitRunner:
 def extent_size(extent: Extent, sizes: Mapping[str, int]) -> int:
     """Programs along one dimension of a grid."""
     symbol = 1 if extent.symbol == "1" else sizes[extent.symbol]
-    return extent.factor * -(-symbol // extent.divisor) + extent.plus * sizes.get("B", 0)
+    return extent.factor * -(-symbol // extent.divisor) + extent.plus * sizes.get("B", 0) + extent.constant

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dscompile.codegen.attention_kernels import attention_program
 from dscompile.codegen.emit import KernelRequest
 from dscompile.codegen.linear_kernels import linear_program
+from dscompile.codegen.moe_kernels import moe_program
 from dscompile.codegen.operands import KernelContext, Operand, Operands
 from dscompile.codegen.row_kernels import embed_program, row_norm_program
 from dscompile.codegen.targets import supports
@@ -29,7 +30,7 @@ def programs_for(
         if not supports(target, dtype):
             raise UserError(f"{target} does not compute in {dtype}: choose --dtype float16 or another target")
     if isinstance(spec, Moe):
-        raise UserError("mixtures of experts are compiled for the CPU only so far: choose --target cpu")
+        return moe_program(spec, operands, context)
     if isinstance(spec, Linear):
         return linear_program(spec, operands, context)
     if isinstance(spec, Attention):

@@ -69,7 +69,7 @@ def choose_case(program: Program, count: int, decode: bool) -> Case | None:
 
 def grid_of(extents: tuple[Extent, ...], sizes: Sizes) -> tuple[int, int, int]:
     """Programs along x, y and z."""
-    grid = [e.factor * -(-sizes.rows(e.symbol) // e.divisor) + e.plus * sizes.B for e in extents]
+    grid = [e.factor * -(-sizes.rows(e.symbol) // e.divisor) + e.plus * sizes.B + e.constant for e in extents]
     x, y, z = (*grid, 1, 1, 1)[:3]
     return x, y, z
 

@@ -259,12 +259,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Extent:
-    """A grid dimension: factor * ceil(symbol / divisor) + plus * B ("1" counts one; plus bounds ragged tiles)."""
+    """A grid dimension: factor * ceil(symbol / divisor) + plus * B + constant ("1" counts one).
+
+    plus bounds the tiles that sequences break off, constant those of a number of things that the compiler knows.
+    """
 
     factor: int = 1
     symbol: Symbol = "1"
     divisor: int = 1
     plus: int = 0
+    constant: int = 0
 
 
 @dataclass(frozen=True)

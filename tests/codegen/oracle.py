@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from dscompile.runtime.plan import Attention, Embed, Linear, Norm
+from dscompile.runtime.ops_moe import route
+from dscompile.runtime.plan import Attention, Embed, Linear, Moe, Norm
 
 Tensors = dict[str, torch.Tensor]
 
@@ -60,6 +61,23 @@ def linear(spec: Linear, tensors: Tensors, logit_rows: torch.Tensor | None = Non
             z = z + t[f"in.residual{r}"]
         outputs[f"out.y{i}"] = z
     return outputs
+
+
+def moe(spec: Moe, tensors: Tensors) -> torch.Tensor:
+    """A mixture of experts in float64, token by token."""
+    t = {k: v.double() for k, v in tensors.items()}
+    y = sum((t[f"in.residual{i}"] for i in range(spec.residuals)), torch.zeros_like(t["in.x"]))
+    index, factors = route(t["in.logits"], t.get("w.correction"), spec.router)
+    for token, (experts, weights) in enumerate(zip(index.tolist(), factors, strict=True)):
+        for e, factor in zip(experts, weights, strict=True):
+            v = t["in.x"][token] * (factor if spec.scale_input else 1)
+            g, u = (t["w.gate_up"][e] @ v + (t["w.gate_up_bias"][e] if spec.bias else 0)).chunk(2)
+            if spec.limit:
+                g, u = g.clamp(max=spec.limit), u.clamp(-spec.limit, spec.limit)
+            z = ACTIVATIONS[spec.activation](g) * (u + spec.shift)
+            out = t["w.down"][e] @ z + (t["w.down_bias"][e] if spec.bias else 0)
+            y[token] = y[token] + (out if spec.scale_input else out * factor)
+    return y
 
 
 def embed(spec: Embed, tensors: Tensors, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.kernel_shapes import ATTENTIONS, LINEARS, attention_operands, linear_operands
-from dscompile.codegen.operands import KernelContext
+from dscompile.codegen.operands import KernelContext, Operand
 from dscompile.codegen.select import programs_for
 from dscompile.codegen.tune import row_candidates, tile_candidates
 from dscompile.codegen.tuned_table import tile_config
 from dscompile.runtime.errors import UserError
-from dscompile.runtime.plan import KVGroup, Program
+from dscompile.runtime.plan import KVGroup, Moe, Program, Router
 
 LINEAR_CASES = [(m, r) for m, (_, regions) in LINEARS.items() for r in regions]
 
@@ -56,6 +56,22 @@ def test_attention_is_one_kernel_in_decoding_and_two_otherwise(model: str) -> No
     for case in program.cases:
         assert len(case.launches) == (1 if case.decode else 2)
     assert sum(s.bytes for s in program.scratch) < 16 << 20
+
+
+def test_experts_are_two_products_at_any_number_of_tokens() -> None:
+    spec = Moe(512, 384, Router(8, 2, "softmax", True), "silu")
+    operands = {role: Operand("float16", n, (0, n)) for role, n in (("in.x", 512), ("in.logits", 8), ("out.y", 512))}
+    operands |= {"w.gate_up": Operand("float16", 512, (8, 768, 512)), "w.down": Operand("float16", 384, (8, 512, 384))}
+    program, requests = programs_for(spec, operands, context("sm_80", "sm_90"))
+    covered(program, decode=True)
+    kinds = {r.name: r.template for r in requests}
+    for case in program.cases:
+        products = [kinds[launch.target] for launch in case.launches if "w." in " ".join(launch.args)]
+        tile = "tile" if case.min_tokens > 1 else "row"
+        assert products == [f"moe_up_{tile}", f"moe_down_{tile}"]
+        reserved = {s.name for s in program.scratch}
+        used = {a.removeprefix("scratch.") for launch in case.launches for a in launch.args if a.startswith("scratch.")}
+        assert used <= reserved
 
 
 def test_every_target_of_an_artifact_launches_the_same() -> None:
