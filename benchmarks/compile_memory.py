@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from dscompile.compiler import compile_model
 model, out, dtype, dummy = sys.argv[1:]
 dummy = dummy == "True" or None
 compile_model(model, out, dtype=dtype, target="sm_90", verify=False, dummy_weights=dummy, max_seq_len=2048)
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
 
 
@@ -41,9 +41,9 @@ def main() -> None:
         size = 0 if args.dummy else write_checkpoint(make(), dtype, model)
         start = time.perf_counter()
         command = [sys.executable, "-c", COMPILE, str(model), str(Path(scratch) / "out"), dtype, str(args.dummy)]
-        subprocess.run(command, check=True)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    peak = 1024 * int(done.stdout.split()[-1])
     row = {"model": args.model, "checkpoint_bytes": size, "seconds": round(seconds, 1), "peak_resident_bytes": peak}
     print(f"{args.model}: checkpoint {size / 2**30:.1f} GiB, {seconds:.0f} s, peak {peak / 2**30:.2f} GiB resident")
     words = f"--model {args.model}" + (" --dummy" if args.dummy else "")
