@@ -214,9 +214,11 @@ _ALONG = {
     "softmax": 1, "_softmax": 1, "log_softmax": 1, "_log_softmax": 1,
     "cumsum": 1, "cumprod": 1, "sort": 1, "argsort": 1, "flip": 1, "roll": 2, "topk": 2,
     "slice": 1, "select": 1, "index_select": 1, "gather": 1, "scatter": 1, "narrow": 1,
+    "slice_scatter": 2, "select_scatter": 2,
     "split": 2, "split_with_sizes": 2, "chunk": 2, "unbind": 1, "repeat_interleave": 2,
 }  # fmt: skip
 _DEFAULT_DIM = {
-    "sort": -1, "argsort": -1, "topk": -1, "slice": 0, "split": 0, "split_with_sizes": 0, "chunk": 0, "unbind": 0,
+    "sort": -1, "argsort": -1, "topk": -1, "slice": 0, "slice_scatter": 0, "split": 0,
+    "split_with_sizes": 0, "chunk": 0, "unbind": 0,
 }  # fmt: skip
 _PRODUCTS = {"mm", "bmm", "matmul", "linear", "addmm", "baddbmm"}

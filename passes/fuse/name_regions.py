@@ -36,7 +36,7 @@ def _linear_names(node: fx.Node) -> tuple[str, ...]:
         return ("head",)
     names = []
     readers = _readers(node)
-    if any(r.target is vocabulary.attention for r in readers):
+    if any(_leads_to_attention(r, node.meta.get("layer")) for r in readers):
         names.append("attn_in")
     if any(_computes_hidden(node, r) for r in readers):
         names.append("mlp_in")
@@ -49,6 +49,19 @@ def _linear_names(node: fx.Node) -> tuple[str, ...]:
         elif producer.target is fused_linear and _computes_hidden(producer, node):
             names.append("mlp_out")
     return tuple(n for n in ORDER if n in names) or ("linear",)
+
+
+def _leads_to_attention(reader: fx.Node, layer: int | None) -> bool:
+    """Whether a reader is an attention, or a linear or norm of the same layer between a latent row and one."""
+    if reader.target is vocabulary.attention:
+        return True
+    if reader.meta.get("layer") != layer or reader.target not in (fused_linear, vocabulary.norm):
+        return False
+    if reader.target is fused_linear:
+        _, residuals, _, spec = reader.args[:4]
+        if residuals or spec.add or any(s.gated or s.activation != "none" for s in spec.segments):
+            return False
+    return any(_leads_to_attention(r, layer) for r in _readers(reader))
 
 
 def _computes_hidden(node: fx.Node, reader: fx.Node) -> bool:

@@ -10,8 +10,8 @@ from torch import fx
 from dscompile.passes import vocabulary
 from dscompile.passes.evaluate import evaluate
 from dscompile.passes.graph import ModelGraph
+from dscompile.passes.normalize.assemble import assemble, constant, select, select_rows
 from dscompile.passes.normalize.operands import LAYOUT, Operand, OperandReader, Rotation, Unreadable
-from dscompile.passes.recipe import Constant, Gather
 from dscompile.passes.rule import Log
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.plan import Attention, Norm
@@ -84,9 +84,11 @@ def _projection(
     graph: ModelGraph, reader: OperandReader, attention: fx.Node, operand: Operand, name: str
 ) -> Projection:
     """Make the linear behind an operand produce its columns in canonical order."""
-    source, index = operand.source, torch.tensor(operand.index)
+    source, index = operand.sources[0], torch.tensor(operand.index)
+    if len(operand.sources) > 1:
+        return Projection(assemble(graph, attention, operand, name), None, None, None, False)
     if source.target is vocabulary.linear:
-        return Projection(_select_rows(graph, attention, source, index, name), None, None, None, False)
+        return Projection(select_rows(graph, attention, source, index, name), None, None, None, False)
     if source.target is not vocabulary.norm:
         raise Unreadable(f"{source.name} ({source.target}) is neither a linear nor a norm of one")
     x, weight, bias, spec = source.args
@@ -95,7 +97,7 @@ def _projection(
     column = index.flatten()[None] % width if across else index % width
     if bool((column != column[:1]).any()):
         raise Unreadable("heads take their columns in different orders after the norm")
-    weight, bias = (_select(graph, w, column[0], f"{name}_norm") for w in (weight, bias))
+    weight, bias = (select(graph, w, column[0], f"{name}_norm") for w in (weight, bias))
     if x.target is vocabulary.linear:
         linear, before = x, torch.arange(width)
     else:
@@ -103,27 +105,7 @@ def _projection(
     if linear.target is not vocabulary.linear:
         raise Unreadable(f"{linear.name} ({linear.target}) is not a linear")
     rows = before.flatten()[index]
-    return Projection(_select_rows(graph, attention, linear, rows, name), spec, weight, bias, across)
-
-
-def _select_rows(graph: ModelGraph, attention: fx.Node, linear: fx.Node, index: torch.Tensor, name: str) -> fx.Node:
-    """The linear, or a new one that computes its columns `index` in that order."""
-    x, *weights = linear.args
-    rows = index.flatten()
-    if torch.equal(rows, torch.arange(linear.meta["val"].shape[-1])):
-        return linear
-    with graph.graph.inserting_before(attention):
-        selected = tuple(_select(graph, w, rows, name) for w in weights)
-        new = graph.graph.call_function(vocabulary.linear, (x, *selected))
-    value = linear.meta["val"]
-    new.meta = {**linear.meta, "val": value.new_empty((*value.shape[:-1], len(rows)))}
-    return new
-
-
-def _select(graph: ModelGraph, weight: fx.Node | None, rows: torch.Tensor, name: str) -> fx.Node | None:
-    if weight is None or torch.equal(rows, torch.arange(weight.meta["val"].shape[0])):
-        return weight
-    return graph.add_weight(f"{weight.meta['weight']}@{name}", Gather(graph.recipe(weight), tuple(rows.tolist())))
+    return Projection(select_rows(graph, attention, linear, rows, name), spec, weight, bias, across)
 
 
 def _common_rotation(operands: list[Operand]) -> Rotation | None:
@@ -145,22 +127,13 @@ def _weights(
 ) -> dict[str, fx.Node]:
     weights: dict[str, fx.Node | None] = {"sinks": sinks}
     if rotation is not None:
-        weights["rope_cos"] = _constant(graph, "rope_cos", rotation.cos)
-        weights["rope_sin"] = _constant(graph, "rope_sin", rotation.sin)
+        weights["rope_cos"] = constant(graph, "rope_cos", rotation.cos)
+        weights["rope_sin"] = constant(graph, "rope_sin", rotation.sin)
     if alibi is not None:
-        weights["alibi_slopes"] = _constant(graph, "alibi_slopes", torch.tensor(alibi, dtype=torch.float32))
+        weights["alibi_slopes"] = constant(graph, "alibi_slopes", torch.tensor(alibi, dtype=torch.float32))
     weights |= {"q_norm_weight": q.norm_weight, "q_norm_bias": q.norm_bias}
     weights |= {"k_norm_weight": k.norm_weight, "k_norm_bias": k.norm_bias}
     return {role: node for role, node in weights.items() if node is not None}
-
-
-def _constant(graph: ModelGraph, stem: str, value: torch.Tensor) -> fx.Node:
-    """The constant of that value, under a new name if the stem is taken by another value."""
-    number = 0
-    while (name := f"{stem}.{number}") in graph.constants and not torch.equal(graph.constants[name], value):
-        number += 1
-    graph.constants[name] = value
-    return graph.add_weight(name, Constant(name, tuple(value.shape)))
 
 
 def _flat_output(graph: ModelGraph, node: fx.Node) -> fx.Node:

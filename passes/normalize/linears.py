@@ -22,8 +22,7 @@ def canonical_linears(graph: ModelGraph, log: Log) -> None:
         if operands is None:
             continue
         x, weight, bias = operands
-        flat = x.meta["val"].ndim == 2
-        source = _unflatten(x) if flat else x
+        source = _rows(x)
         if source.meta["val"].ndim == 2:
             continue
         args = (source, weight) if bias is None else (source, weight, bias)
@@ -33,8 +32,9 @@ def canonical_linears(graph: ModelGraph, log: Log) -> None:
             shape = (*source.meta["val"].shape[:-1], node.meta["val"].shape[-1])
             new.meta["val"] = node.meta["val"].new_empty(shape)
             replacement = new
-            if flat:
-                replacement = graph.graph.call_function(aten.squeeze.dim, (new, 0))
+            if source is not x:
+                back = aten.squeeze.dim if x.meta["val"].ndim == 2 else aten.unsqueeze.default
+                replacement = graph.graph.call_function(back, (new, 0 if back is aten.squeeze.dim else 1))
                 replacement.meta = dict(node.meta)
         node.replace_all_uses_with(replacement)
         log.matched("x w' + b -> linear")
@@ -61,11 +61,14 @@ def _transposed(graph: ModelGraph, weight: fx.Node) -> fx.Node:
     return graph.add_weight(f"{weight.meta['weight']}:t", Transpose(recipe))
 
 
-def _unflatten(x: fx.Node) -> fx.Node:
-    """The [1, T, K] node behind a [T, K] view of it."""
-    while x.target in RESHAPES and x.meta["val"].ndim == 2:
-        x = x.args[0]
-    return x
+def _rows(x: fx.Node) -> fx.Node:
+    """The [1, T, K] node behind a [T, K] or [1, 1, T, K] view of it, or the node itself."""
+    source, value = x, x.meta["val"]
+    while source.target in RESHAPES and source.meta["val"].ndim != 3:
+        source = source.args[0]
+    shape = source.meta["val"].shape
+    same = len(shape) == 3 and isinstance(shape[2], int) and shape[2] == value.shape[-1]
+    return source if same and (value.ndim == 2 or value.shape[1] == 1) else x
 
 
 def split_packed_linears(graph: ModelGraph, log: Log) -> None:

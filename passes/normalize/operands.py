@@ -41,6 +41,9 @@ LAYOUT = {
     aten.expand.default,
     aten.clone.default,
     aten.contiguous.default,
+    aten.new_empty.default,
+    aten.slice_scatter.default,
+    aten.copy.default,
 }
 ROTATION = {
     aten.mul.Tensor,
@@ -74,11 +77,11 @@ class Rotation:
 class Operand:
     """An attention operand [1, H, T, D]: canonical element (h, d) is `scale` * source element `index[h][d]`.
 
-    source: the node behind the layout; its elements are counted row-major at one token.
+    sources: the nodes behind the layout; their elements are counted row-major at one token, one node after the other.
     Canonical order within a head: first halves of the rotated pairs, second halves, the rest.
     """
 
-    source: fx.Node
+    sources: tuple[fx.Node, ...]
     index: tuple[tuple[int, ...], ...]
     scale: float
     rotation: Rotation | None
@@ -95,38 +98,39 @@ class OperandReader:
 
     def read(self, node: fx.Node) -> Operand:
         """Read an operand of shape [1, H, T, D]; raises Unreadable."""
-        source, frontier = self._boundary(node)
+        sources, frontier = self._boundary(node)
         cosines, sines = self._at_zero(frontier, cosine=True), self._at_zero(frontier, cosine=False)
-        one, code = self._source_value(source, 1)
-        factor = self._run(node, source, one, cosines)[0, :, 0].double()
-        first = self._run(node, source, code, cosines)[0, :, 0].double() / factor
+        one, code = self._ones(sources, 1), self._codes(sources)
+        factor = self._run(node, one, cosines)[0, :, 0].double()
+        first = self._run(node, code, cosines)[0, :, 0].double() / factor
         index = self._integral(first)
+        self._check_selection(node, index, factor, cosines, sources)
         if not frontier:
-            return Operand(source, _rows(index), self._uniform(factor), None)
+            return Operand(sources, _rows(index), self._uniform(factor), None)
         passing = {n: torch.zeros_like(v) for n, v in sines.items()}
         second, partner_weight = (
-            (self._run(node, source, x, sines) - self._run(node, source, x, passing))[0, :, 0].double()
-            for x in (code, one)
+            (self._run(node, x, sines) - self._run(node, x, passing))[0, :, 0].double() for x in (code, one)
         )
         order, pairs = self._canonical_order(index, second, partner_weight)
         factor = factor[:, order]
         scale = self._uniform(factor[:, 2 * pairs :]) if 2 * pairs < len(order) else 1.0
         if not pairs:
-            return Operand(source, _rows(index), self._uniform(factor), None)
-        rotation = self._rotation(node, source, frontier, order, pairs, scale)
-        return Operand(source, _rows(index[:, order]), scale, rotation)
+            return Operand(sources, _rows(index), self._uniform(factor), None)
+        rotation = self._rotation(node, sources, frontier, order, pairs, scale)
+        return Operand(sources, _rows(index[:, order]), scale, rotation)
 
     def elements(self, node: fx.Node) -> tuple[fx.Node, Tensor]:
         """(source, element numbers in the node's shape at one token) of a node that only rearranges its source."""
-        source, frontier = self._boundary(node)
-        if frontier:
-            raise Unreadable(f"{node.name} depends on positions before its norm")
-        one, code = self._source_value(source, 1)
-        self._uniform(self._run(node, source, one, {}).double(), expected=1.0)
-        return source, self._integral(self._run(node, source, code, {}).double())
+        sources, frontier = self._boundary(node)
+        if frontier or len(sources) > 1:
+            raise Unreadable(f"{node.name} depends on positions or several activations before its norm")
+        self._uniform(self._run(node, self._ones(sources, 1), {}).double(), expected=1.0)
+        index = self._integral(self._run(node, self._codes(sources), {}).double())
+        self._check_selection(node, index, torch.ones(()), {}, sources)
+        return sources[0], index
 
-    def _boundary(self, node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-        """The one activation the sub-graph starts from, and the position-dependent tensors it uses."""
+    def _boundary(self, node: fx.Node) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
+        """The activations the sub-graph starts from, and the position-dependent tensors it uses."""
         sources: list[fx.Node] = []
         frontier: list[fx.Node] = []
         stack, seen = [node], {node}
@@ -143,9 +147,7 @@ class OperandReader:
                     stack.append(i)
                 elif isinstance(i.meta.get("val"), Tensor) and depends_on(i, {self.graph.positions}, self._positional):
                     frontier.append(i)
-        if len(sources) != 1:
-            raise Unreadable(f"{node.name} combines {len(sources)} activations ({', '.join(s.name for s in sources)})")
-        return sources[0], tuple(frontier)
+        return tuple(sources), tuple(frontier)
 
     def _at_zero(self, frontier: tuple[fx.Node, ...], cosine: bool) -> dict[fx.Node, Tensor]:
         """Values at position 0 with only the cosines (1 or a constant factor) or only the sines (set to 1) left."""
@@ -162,21 +164,47 @@ class OperandReader:
                 values[node] = value if cosine else torch.zeros_like(value)
         return values
 
-    def _source_value(self, source: fx.Node, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Ones, and element numbers counted from 1, in the source's shape at `num_tokens` tokens."""
-        shape = [s if isinstance(s, int) else None for s in source.meta["val"].shape]
-        if shape.count(None) != 1 or shape[0] != 1:
-            raise Unreadable(f"{source.name} has shape {tuple(source.meta['val'].shape)}, not one row per token")
-        at_one = [1 if s is None else s for s in shape]
-        code = torch.arange(1, 1 + torch.Size(at_one).numel(), dtype=torch.float64).reshape(at_one)
-        full = [num_tokens if s is None else s for s in shape]
-        return torch.ones(full), code
+    def _ones(self, sources: tuple[fx.Node, ...], num_tokens: int) -> dict[fx.Node, Tensor]:
+        """Ones in the sources' shapes at `num_tokens` tokens."""
+        return {source: torch.ones(_shape_at(source, num_tokens)) for source in sources}
 
-    def _run(self, node: fx.Node, source: fx.Node, value: Tensor, frontier: dict[fx.Node, Tensor]) -> Tensor:
+    def _codes(self, sources: tuple[fx.Node, ...]) -> dict[fx.Node, Tensor]:
+        """Element numbers counted from 1, through all sources, in their shapes at one token."""
+        codes, start = {}, 1
+        for source in sources:
+            shape = torch.Size(_shape_at(source, 1))
+            codes[source] = torch.arange(start, start + shape.numel(), dtype=torch.float64).reshape(shape)
+            start += shape.numel()
+        return codes
+
+    def _run(self, node: fx.Node, values: dict[fx.Node, Tensor], frontier: dict[fx.Node, Tensor]) -> Tensor:
+        source, value = next(iter(values.items()))
         tokens_dim = [isinstance(s, int) for s in source.meta["val"].shape].index(False)
         inputs = torch.zeros(1, value.shape[tokens_dim], dtype=torch.long)
-        given = {self.graph.tokens: inputs, self.graph.positions: inputs, source: value, **frontier}
+        given = {self.graph.tokens: inputs, self.graph.positions: inputs, **values, **frontier}
         return evaluate(self.graph, node, given)
+
+    def _check_selection(
+        self,
+        node: fx.Node,
+        index: Tensor,
+        factor: Tensor,
+        frontier: dict[fx.Node, Tensor],
+        sources: tuple[fx.Node, ...],
+    ) -> None:
+        """Refuse sums: the mean of two element numbers may be a third's, but not that of random values."""
+        generator = torch.Generator().manual_seed(0)
+        values = {
+            source: torch.rand(code.shape, dtype=torch.float64, generator=generator)
+            for source, code in self._codes(sources).items()
+        }
+        found = self._run(node, values, frontier).double().reshape(-1)
+        wanted = torch.cat([value.flatten() for value in values.values()])[index].reshape(-1) * factor.reshape(-1)
+        if not torch.allclose(found, wanted, rtol=1e-5, atol=1e-6):
+            names = ", ".join(source.name for source in sources)
+            raise Unreadable(
+                f"{node.name} combines {len(sources)} activations ({names}) in other ways than side by side"
+            )
 
     def _canonical_order(self, index: Tensor, second: Tensor, weight: Tensor) -> tuple[list[int], int]:
         """Columns of a head in canonical order, and the number of rotated pairs; the same for every head."""
@@ -202,12 +230,18 @@ class OperandReader:
         return firsts + seconds + rest, len(firsts)
 
     def _rotation(
-        self, node: fx.Node, source: fx.Node, frontier: tuple[fx.Node, ...], order: list[int], pairs: int, scale: float
+        self,
+        node: fx.Node,
+        sources: tuple[fx.Node, ...],
+        frontier: tuple[fx.Node, ...],
+        order: list[int],
+        pairs: int,
+        scale: float,
     ) -> Rotation:
         key = (frontier, tuple(order), pairs, scale)
         if key not in self._tables:
             chunks = [
-                self._tables_for(node, source, frontier, start, order, pairs)
+                self._tables_for(node, sources, frontier, start, order, pairs)
                 for start in range(0, self.graph.max_seq_len, POSITIONS_PER_CHUNK)
             ]
             cos, sin = (torch.cat(parts)[: self.graph.max_seq_len] / scale for parts in zip(*chunks, strict=True))
@@ -215,7 +249,13 @@ class OperandReader:
         return self._tables[key]
 
     def _tables_for(
-        self, node: fx.Node, source: fx.Node, frontier: tuple[fx.Node, ...], start: int, order: list[int], pairs: int
+        self,
+        node: fx.Node,
+        sources: tuple[fx.Node, ...],
+        frontier: tuple[fx.Node, ...],
+        start: int,
+        order: list[int],
+        pairs: int,
     ) -> tuple[Tensor, Tensor]:
         positions = torch.arange(start, start + POSITIONS_PER_CHUNK)[None]
         positions = positions.clamp(max=self.graph.max_seq_len - 1)
@@ -231,9 +271,9 @@ class OperandReader:
                 is_sine = bool((zero[n] == 0).all())
                 only_cos[n] = torch.zeros_like(value) if is_sine else value
                 only_sin[n] = value if is_sine else torch.zeros_like(value)
-        ones, _ = self._source_value(source, POSITIONS_PER_CHUNK)
-        cos = self._run(node, source, ones, only_cos)[0, 0][:, order]
-        sin = self._run(node, source, ones, only_sin)[0, 0][:, order]
+        ones = self._ones(sources, POSITIONS_PER_CHUNK)
+        cos = self._run(node, ones, only_cos)[0, 0][:, order]
+        sin = self._run(node, ones, only_sin)[0, 0][:, order]
         first, second = slice(0, pairs), slice(pairs, 2 * pairs)
         if not torch.equal(cos[:, first], cos[:, second]) or not torch.equal(-sin[:, first], sin[:, second]):
             raise Unreadable("the two halves of a rotary pair turn by different angles")
@@ -255,6 +295,14 @@ class OperandReader:
         if not bool(((code - index).abs() < 1e-3).all()) or bool((index < 1).any()):
             raise Unreadable("columns are not a selection of one linear's outputs")
         return index.long() - 1
+
+
+def _shape_at(source: fx.Node, num_tokens: int) -> list[int]:
+    """A source's shape at a number of tokens."""
+    shape = [s if isinstance(s, int) else None for s in source.meta["val"].shape]
+    if shape.count(None) != 1 or shape[0] != 1:
+        raise Unreadable(f"{source.name} has shape {tuple(source.meta['val'].shape)}, not one row per token")
+    return [num_tokens if s is None else s for s in shape]
 
 
 def _rows(index: Tensor) -> tuple[tuple[int, ...], ...]:

@@ -124,3 +124,63 @@ def test_an_operand_that_mixes_activations_is_refused():
     canonical_linears(graph, Log())
     with pytest.raises(UserError, match="combines 2 activations"):
         canonical_attentions(graph, Log())
+
+
+class Latent(nn.Module):
+    """Keys of two parts: one of each head from a normalised latent row, and a rotated one that all heads share."""
+
+    RANK, ROTARY = 24, 8
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(VOCAB, WIDTH)
+        self.q = nn.Linear(WIDTH, HEADS * (DIM + self.ROTARY))
+        self.down = nn.Linear(WIDTH, self.RANK + self.ROTARY)
+        self.norm = nn.LayerNorm(self.RANK)
+        self.up = nn.Linear(self.RANK, HEADS * (DIM + 5))
+        frequencies = 100.0 ** -(torch.arange(0, self.ROTARY, 2) / self.ROTARY)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, tokens, positions):
+        x = self.table(tokens)
+        angles = positions[:, None, :, None] * self.frequencies
+        q = self.q(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        latent, shared = self.down(x).split([self.RANK, self.ROTARY], -1)
+        up = self.up(self.norm(latent)).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        shared = interleaved(shared[:, None], angles.cos(), angles.sin()).expand(-1, HEADS, -1, -1)
+        k = torch.cat([up[..., :DIM], shared], -1)
+        q = torch.cat([q[..., :DIM], interleaved(q[..., DIM:], angles.cos(), angles.sin())], -1)
+        return torch.ops.dsc.attention(q, k, up[..., DIM:], positions, 0, 0.2).flatten(2)
+
+
+def test_an_operand_of_several_linears_is_their_sum():
+    module = Latent()
+    graph = trace(module)
+    tokens = torch.randint(VOCAB, (1, 19))
+    expected = module(tokens, torch.arange(19)[None])
+    drop_noops(graph, Log())
+    canonical_linears(graph, Log())
+    canonical_attentions(graph, Log())
+    (attention,) = nodes(graph, vocabulary.attention)
+    spec = attention.args[5]
+    assert (spec.num_kv_heads, spec.head_dim, spec.v_head_dim, spec.rotary_dim) == (HEADS, DIM + 8, 5, 8)
+    key = attention.args[1]
+    assert key.target is vocabulary.add
+    assert all(term.target is vocabulary.linear for term in key.args)
+    assert rms_ratio(run(graph, module, tokens), expected) < 1e-6
+
+
+def test_a_sum_within_one_activation_is_refused():
+    class Folded(Attention):
+        def forward(self, tokens, positions):
+            x = self.table(tokens)
+            q, k, v = (p(x).unflatten(-1, (-1, DIM)).transpose(1, 2) for p in (self.q, self.k, self.v))
+            q = q[:, ::2] + q[:, 1::2]
+            return torch.ops.dsc.attention(q, k, v, positions, 0, 1.0)
+
+    graph = trace(Folded(None))
+    drop_noops(graph, Log())
+    canonical_linears(graph, Log())
+    with pytest.raises(UserError, match=r"combines 1 activations|not a selection"):
+        canonical_attentions(graph, Log())
