@@ -2,7 +2,7 @@
 
 python -m benchmarks.agreement --models DIR,DIR --text FILE
 
-20 prompts of different lengths from the text, in one ragged batch. Errors are RMS(error) / RMS(eager), the worst prompt's.
+20 prompts of different lengths from the text, in one ragged batch. Errors are RMS(error) / RMS(eager) of the worst.
 """
 
 from __future__ import annotations
