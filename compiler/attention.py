@@ -60,6 +60,11 @@ def tracing(positions: Tensor) -> Iterator[None]:
         _tracing.reset(token)
 
 
+def positions() -> Tensor:
+    """The positions [1, T] of the model being traced."""
+    return _tracing.get().positions
+
+
 def attend(
     module: nn.Module,
     q: Tensor,

@@ -24,6 +24,10 @@ def restore_batch(graph: fx.Graph) -> None:
             node.replace_all_uses_with(batched[source])
         elif node.target in _RESHAPES and isinstance(source, fx.Node) and _drops_batch(source, node):
             batched[node] = source
+        elif node.target is torch.ops.dsc.moe.default:
+            with graph.inserting_after(node):
+                batched[node] = graph.call_function(_aten.unsqueeze.default, (node, 0))
+            batched[node].meta = {**node.meta, "val": node.meta["val"].unsqueeze(0)}
         elif any(n in batched for n in node.all_input_nodes) and _is_rowwise(node, batched):
             copy = _on_batched(graph, node, batched)
             if copy is not None:

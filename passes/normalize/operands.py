@@ -115,6 +115,7 @@ class OperandReader:
         factor = factor[:, order]
         scale = self._uniform(factor[:, 2 * pairs :]) if 2 * pairs < len(order) else 1.0
         if not pairs:
+            self._check_constant(node, frontier)
             return Operand(sources, _rows(index), self._uniform(factor), None)
         rotation = self._rotation(node, sources, frontier, order, pairs, scale)
         return Operand(sources, _rows(index[:, order]), scale, rotation)
@@ -183,6 +184,21 @@ class OperandReader:
         inputs = torch.zeros(1, value.shape[tokens_dim], dtype=torch.long)
         given = {self.graph.tokens: inputs, self.graph.positions: inputs, **values, **frontier}
         return evaluate(self.graph, node, given)
+
+    def _check_constant(self, node: fx.Node, frontier: tuple[fx.Node, ...]) -> None:
+        """Refuse a factor that depends on the position, up to the longest sequence."""
+        positions = torch.arange(self.graph.max_seq_len)[None]
+        given = {self.graph.positions: positions, self.graph.tokens: torch.zeros_like(positions)}
+        for n in frontier:
+            value = evaluate(self.graph, n, given)
+            dim = [isinstance(s, int) for s in n.meta["val"].shape].index(False)
+            first = value.narrow(dim, 0, 1)
+            changed = (value != first).movedim(dim, 0).flatten(1).any(-1).nonzero().flatten()
+            if len(changed):
+                raise Unreadable(
+                    f"{node.name} is scaled by position from position {int(changed[0])} on; "
+                    f"compile for shorter sequences with --max-seq-len {int(changed[0])}"
+                )
 
     def _check_selection(
         self,

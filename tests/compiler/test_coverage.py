@@ -53,6 +53,15 @@ def test_the_short_rotary_table_serves_short_limits(tmp_path):
     assert report.verification.status == "passed"
 
 
+def test_a_temperature_that_sets_in_is_refused(tmp_path):
+    """Beyond floor_scale Llama 4 scales queries by their position, which no plan can say."""
+    config = make_config(CONFIGS["llama4_text"])
+    config.floor_scale = 32
+    config.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="scaled by position from position 31 on"):
+        compile_model(tmp_path / "model", tmp_path / "out", dummy_weights=True, **OPTIONS)
+
+
 def test_only_adapters_know_model_types():
     root = Path(__file__).parents[2]
     names = {path.stem for path in (root / "compiler" / "adapters").glob("*.py")} - {"__init__"}

@@ -140,6 +140,19 @@ CONFIGS: dict[str, tuple[str, dict]] = {
             "v_head_dim": 16,
         },
     ),
+    "llama4_text": (
+        "Llama4TextConfig",
+        {
+            **_LLAMA,
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 128,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 4,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "no_rope_layers": [1, 0],
+        },
+    ),
     "ctrl": ("CTRLConfig", {**_GPT2, "dff": 128}),
 }
 
