@@ -39,6 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--quant", default="none", metavar="SCHEME", help="none, int8 or int8-weight-only")
     add("--kv-dtype", default="auto", metavar="TYPE", help="auto or int8")
+    add("--quant-lm-head", action="store_true", help="quantize the head too")
+    budget = "what quantization may cost in perplexity; default: 1"
+    add("--max-perplexity-increase", type=float, metavar="PERCENT", help=budget)
     add("--calibrate", type=Path, metavar="FILE", help="text that quantization is calibrated on")
     add("--tensor-parallel", type=command.positive_int, default=1, metavar="N")
     add("--pipeline-parallel", type=command.positive_int, default=1, metavar="N")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,26 @@ from dscompile.compiler.facts import count_parameters, make_manifest, model_name
 from dscompile.compiler.measure import measure_regions
 from dscompile.compiler.model import build_on_meta
 from dscompile.compiler.progress import Progress, Silent
+from dscompile.compiler.quantize import Quantizer
 from dscompile.compiler.report import collect_report, require_fusion
 from dscompile.compiler.source import ModelSource, find_model, write_tokenizer
 from dscompile.compiler.stand_in import why_stand_in, write_stand_in
 from dscompile.compiler.trace import trace_model
 from dscompile.compiler.tune import tune
+from dscompile.compiler.twin import write_twin
 from dscompile.compiler.verify import check, verify_artifact
+from dscompile.compiler.verify_quantized import with_quantized
 from dscompile.compiler.weights import write_weights
 from dscompile.passes.lower.lower import Lowered, lower
-from dscompile.passes.pipeline import PIPELINE
+from dscompile.passes.pipeline import PIPELINE, quantizing
 from dscompile.passes.runner import run_pipeline
 from dscompile.runtime.artifact import atomic_directory, check_output, write_json, write_manifest, write_plan
 from dscompile.runtime.plan import Plan
 from dscompile.runtime.report import Report, Verification
 from dscompile.runtime.report_html import write_html
+
+# What the comparison with a stand-in leaves out: random weights say nothing about the quantization of real ones.
+_PLAIN: dict[str, Any] = {"quant": "none", "quant_lm_head": False, "calibrate": None, "require_fusion": ()}
 
 
 def compile_model(model: str | Path, out: str | Path, *, progress: Progress | None = None, **options: Any) -> Report:
@@ -56,11 +63,14 @@ def _compile(source: ModelSource, config: CompileConfig, directory: Path, progre
     dtype = resolve_dtype(config, checkpoint.dtype if checkpoint else source.dtype())
     progress.finish()
 
-    progress.start("passes", sum(len(phase.passes) for phase in PIPELINE), "passes")
-    records = run_pipeline(graph, PIPELINE, config.dump_ir, lambda name: progress.advance())
+    quantizer = None if config.quant == "none" else Quantizer(config)
+    pipeline = quantizing(quantizer.passes()) if quantizer else PIPELINE
+    progress.start("passes", sum(len(phase.passes) for phase in pipeline), "passes")
+    records = run_pipeline(graph, pipeline, config.dump_ir, lambda name: progress.advance())
     measured = tune(graph, dtype, config.targets, limits, progress) if config.tune else ()
     lowered = lower(graph, dtype, config.targets, limits, model_name(source), measured)
-    report = collect_report(lowered, records, report_facts(source, config, dtype))
+    quantization = quantizer.report() if quantizer else None
+    report = collect_report(lowered, records, report_facts(source, config, dtype), quantization=quantization)
     require_fusion(report, config.require_fusion)
     progress.finish()
 
@@ -70,7 +80,12 @@ def _compile(source: ModelSource, config: CompileConfig, directory: Path, progre
     write_tokenizer(source, directory)
     manifest = write_manifest(directory, make_manifest(source, config, plan, dtype, num_params))
 
-    report = dataclasses.replace(report, verification=_verify(source, config, directory, report, num_params, progress))
+    with contextlib.ExitStack() as stack:
+        twin = None
+        if quantizer and checkpoint and config.verify:
+            twin = stack.enter_context(write_twin(directory, lowered, graph.constants, checkpoint, manifest))
+        verification = _verify(source, config, directory, report, num_params, progress, twin)
+    report = dataclasses.replace(report, verification=verification)
     if config.targets and config.verify:
         report = measure_regions(report, directory)
     write_json(directory / "report.json", report.to_json())
@@ -92,18 +107,29 @@ def _write_kernels(directory: Path, lowered: Lowered, plan: Plan, targets: tuple
 
 
 def _verify(
-    source: ModelSource, config: CompileConfig, directory: Path, report: Report, num_params: int, progress: Progress
+    source: ModelSource,
+    config: CompileConfig,
+    directory: Path,
+    report: Report,
+    num_params: int,
+    progress: Progress,
+    twin: Path | None = None,
 ) -> Verification:
-    """Compare the artifact with its model, or, where that cannot be, a small model of the same layers with its own."""
+    """Compare the artifact with its model, or, where that cannot be, a small model of the same layers with its own.
+
+    twin: the artifact without its quantization, which must compute what the model computes.
+    """
     if not config.verify:
         return Verification(note="not asked for")
     progress.start("verification")
     reason = why_stand_in(config, num_params)
     if reason is None:
-        verification = verify_artifact(directory, source)
+        verification = verify_artifact(twin or directory, source)
+        if twin:
+            verification = with_quantized(verification, directory, twin)
     else:
         with write_stand_in(source, report, directory) as (small, scratch):
-            options = dataclasses.replace(config, verify=False, dummy_weights=None, require_fusion=(), dump_ir=None)
+            options = dataclasses.replace(config, verify=False, dummy_weights=None, dump_ir=None, **_PLAIN)
             artifact = scratch / "artifact"
             artifact.mkdir()
             _compile(small, options, artifact, Silent())

@@ -11,10 +11,11 @@ import torch
 
 from dscompile.codegen.targets import capability, supports
 from dscompile.passes.lower.lower import Limits
+from dscompile.passes.quantize.schemes import SCHEMES
 from dscompile.runtime.errors import UserError
 
 DTYPES = ("float16", "bfloat16", "float32")
-QUANTIZATIONS = ("none", "int8", "int8-weight-only")
+QUANTIZATIONS = ("none", *SCHEMES)
 REGIONS = ("embed", "norm", "attn_in", "attention", "attn_out", "mlp_in", "mlp_out", "moe", "head", "sample")
 DEFAULT_MAX_BATCH = 64
 UNLIMITED_SEQ_LEN = 2048
@@ -29,6 +30,9 @@ class CompileConfig:
     max_seq_len:   longest sequence; None: the model's own limit
     max_batch:     most sequences in one step
     dummy_weights: None; "generated": the runtime makes them at load; "stored": random ones are written
+    quant:         one of QUANTIZATIONS; quant_lm_head: the head too
+    calibrate:     text that quantization is calibrated on; None: one of our own
+    max_perplexity_increase: in percent, what quantization may cost
     dump_ir:       directory for the graph after each pass that changes it
     """
 
@@ -37,6 +41,8 @@ class CompileConfig:
     quant: str = "none"
     kv_dtype: str = "auto"
     calibrate: Path | None = None
+    quant_lm_head: bool = False
+    max_perplexity_increase: float = 1.0
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     max_seq_len: int | None = None
@@ -69,6 +75,7 @@ def parse_config(**options: Any) -> CompileConfig:
         **given,
     )
     _check_numbers(config)
+    _check_budget(config.max_perplexity_increase)
     _one_of("dtype", config.dtype, ("auto", *DTYPES))
     _one_of("quant", config.quant, QUANTIZATIONS)
     _one_of("kv_dtype", config.kv_dtype, ("auto", "int8"))
@@ -130,9 +137,19 @@ def _check_numbers(config: CompileConfig) -> None:
             raise UserError(f"{name} must be a positive integer, not {value!r}")
 
 
+def _check_budget(percent: object) -> None:
+    number = isinstance(percent, int | float) and not isinstance(percent, bool)
+    if not number or not math.isfinite(percent) or percent < 0:  # type: ignore[arg-type, operator]
+        raise UserError(f"max_perplexity_increase must be a percentage, not {percent!r}")
+
+
 def _check_available(config: CompileConfig) -> None:
-    if config.quant != "none" or config.kv_dtype != "auto" or config.calibrate is not None:
-        raise UserError("quantization is not available in this version: leave out quant, kv_dtype and calibrate")
+    if config.kv_dtype != "auto":
+        raise UserError("an int8 cache is not available in this version: leave out kv_dtype")
+    if config.quant == "none" and (config.calibrate is not None or config.quant_lm_head):
+        raise UserError("calibrate and quant_lm_head need a scheme: give --quant int8 too")
+    if config.quant != "none" and config.targets:
+        raise UserError(f"--quant {config.quant} is not yet on a GPU: compile with --target cpu")
     if config.tensor_parallel > 1 or config.pipeline_parallel > 1:
         raise UserError("parallel artifacts are not available in this version: leave out tensor and pipeline_parallel")
     if config.tune and not (config.targets and torch.cuda.is_available()):

@@ -34,6 +34,7 @@ def make_manifest(source: ModelSource, config: CompileConfig, plan: Plan, dtype:
         max_batch=plan.max_batch,
         max_step_tokens=plan.max_step_tokens,
         vocab_size=plan.vocab_size,
+        quantization=config.quant,
         targets=config.targets,
         weights="dummy" if config.dummy_weights == "generated" else "stored",
         seed=SEED,

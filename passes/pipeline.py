@@ -26,7 +26,7 @@ from dscompile.passes.normalize.layers import assign_layers
 from dscompile.passes.normalize.linears import canonical_linears, split_packed_linears
 from dscompile.passes.normalize.norms import canonical_norms
 from dscompile.passes.reassociate.fold_norm import fold_norm
-from dscompile.passes.runner import Phase
+from dscompile.passes.runner import Pass, Phase
 
 PIPELINE = (
     Phase(
@@ -67,3 +67,9 @@ PIPELINE = (
         ),
     ),
 )
+
+
+def quantizing(passes: tuple[Pass, ...]) -> tuple[Phase, ...]:
+    """The pipeline with a phase `quantize`, the only one that changes what is computed, before fusion."""
+    *exact, fuse = PIPELINE
+    return (*exact, Phase("quantize", passes), fuse)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from dscompile.runtime.errors import UserError
+from dscompile.runtime.int8 import round_rows, row_scales
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,22 @@ class RowSum:
 
 
 @dataclass(frozen=True)
+class ScaleRows:
+    """x with row i times by[i]."""
+
+    x: Recipe
+    by: Recipe
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """The rows of x [N, K] in int8: "q" [N, K], or "scale" [N] float32, the value of one step (see runtime.int8)."""
+
+    x: Recipe
+    output: Literal["q", "scale"]
+
+
+@dataclass(frozen=True)
 class Zeros:
     """Zeros, where one of several packed biases is absent."""
 
@@ -132,6 +152,8 @@ Recipe = (
     | MatVec
     | Cast
     | RowSum
+    | ScaleRows
+    | Quantize
     | Zeros
 )
 
@@ -177,9 +199,9 @@ def shape_of(recipe: Recipe) -> tuple[int, ...]:
             return (recipe.stop - recipe.start, *shape_of(recipe.x)[1:])
         case MatVec():
             return shape_of(recipe.w)[:1]
-        case RowSum():
+        case RowSum() | Quantize(output="scale"):
             return shape_of(recipe.x)[:-1]
-        case Scale() | Add() | Cast():
+        case ScaleRows() | Quantize() | Scale() | Add() | Cast():
             return shape_of(recipe.x)
     raise TypeError(f"not a recipe: {recipe!r}")
 
@@ -221,6 +243,10 @@ def evaluate(recipe: Recipe, lookup: Callable[[Source | Constant], Tensor]) -> T
         case RowSum():
             w = evaluate(recipe.x, lookup)
             return torch.cat([rows.double().sum(-1).float() for rows in w.split(4096)])
+        case ScaleRows():
+            return evaluate(recipe.x, lookup).float() * evaluate(recipe.by, lookup).float()[:, None]
+        case Quantize():
+            return _quantized(recipe, lookup)
     raise TypeError(f"not a recipe: {recipe!r}")
 
 
@@ -235,6 +261,15 @@ def _rounded(recipe: Cast, lookup: Callable[[Source | Constant], Tensor]) -> Ten
     for source, target in zip(x.split(4096), y.split(4096), strict=True) if x.ndim > 1 else [(x, y)]:
         target.copy_(source.float() * by)
     return y
+
+
+def _quantized(recipe: Quantize, lookup: Callable[[Source | Constant], Tensor]) -> Tensor:
+    x = evaluate(recipe.x, lookup).float()
+    scale = row_scales(x)
+    if scale.isnan().any():
+        names = ", ".join(sorted(sources(recipe)))
+        raise UserError(f"{names}: holds NaN or infinity, which int8 cannot express; repair the checkpoint")
+    return round_rows(x, scale) if recipe.output == "q" else scale
 
 
 def _join(parts: list[Tensor], dim: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from dscompile.runtime.executor import StepInputs
+from dscompile.runtime.ops_int8 import bind_int8
 from dscompile.runtime.ops_norm import bind_norm, compute_dtype
 from dscompile.runtime.plan import Linear, Segment
 
@@ -136,6 +137,9 @@ def _bind_product(
     """v [rows, K] -> v @ weight.T + bias or + added [rows, N], in `target` if there is one."""
     weight_NK = weights["weight"]
     bias = weights["bias"].to(dtype) if spec.bias else None
+    if spec.quantization is not None:
+        multiply = bind_int8(spec.quantization, weight_NK, weights["weight_scale"])
+        return _bind_sum(multiply, bias, target, added)
     pack = packed.onednn(weight_NK, rows) if packed else None
     if pack is not None:
         return _bind_packed(pack, bias, target, added)
@@ -154,11 +158,22 @@ def _bind_packed(
     pack: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor | None, added: torch.Tensor | None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     multiply = torch.ops.mkldnn._linear_pointwise.default
+    return _bind_sum(lambda v: multiply(v, pack, bias, "none", [], ""), None, target, added)
+
+
+def _bind_sum(
+    multiply: Callable[[torch.Tensor], torch.Tensor],
+    bias: torch.Tensor | None,
+    target: torch.Tensor | None,
+    added: torch.Tensor | None,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """multiply(v) + bias or + added, in `target` if there is one."""
+    start = bias if added is None else added
 
     def run(v: torch.Tensor) -> torch.Tensor:
-        product = multiply(v, pack, bias, "none", [], "")
-        if added is not None:
-            return torch.add(product, added, out=target)
+        product = multiply(v)
+        if start is not None:
+            return torch.add(product, start, out=target)
         return product if target is None else target.copy_(product)
 
     return run

@@ -67,6 +67,18 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """How a linear computes in int8. Its weight is q [N, K] int8 in [-127, 127] times weight_scale [N].
+
+    activations "none":  p = (v @ q.T) * weight_scale + bias
+    activations "token": each row of v is quantized too, s = max|v| / 127 (1 for a row of zeros), r = v / s rounded half
+                         to even; p = (r @ q.T) * s * weight_scale + bias, the product in int32
+    """
+
+    activations: Literal["none", "token"] = "none"
+
+
+@dataclass(frozen=True)
 class Linear:
     """One packed GEMM with its prologue and epilogue; every linear of a model is one of these.
 
@@ -78,8 +90,9 @@ class Linear:
     rows "R": the input rows are x[logit_rows[r]], the output is [R, ...] (the head).
     in:      x [T, K]; add [T, K] if `add`; residual0.. [T, width] (one segment only, never with rows "R")
     weights: weight [N, K]; bias [N] if `bias`; norm_weight, norm_bias, post_norm_weight, post_norm_bias [K];
-             row_sum [N] float32 = sum over K of the stored weight, present exactly when norm.kind == "layer" and the
-             norm has no weight of its own, so that a kernel may normalise after the product
+             row_sum [N] float32 = sum over K of the stored weight, present exactly when norm.kind == "layer", the norm
+             has no weight of its own and nothing is quantized, so that a kernel may normalise after the product;
+             weight_scale [N] float32 if `quantization`, and then weight is int8
     out:     y0 .. yn, one per segment [T or R, width]; sum [T, K] if `store`
     """
 
@@ -95,6 +108,7 @@ class Linear:
     scale: float = 1.0
     softcap: float = 0.0
     rows: Literal["T", "R"] = "T"
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)
@@ -366,7 +380,8 @@ class KVGroup:
 @dataclass(frozen=True)
 class Weight:
     """A weight as stored. init says how to make it when the artifact holds none: "normal:STD", "ones", "zeros",
-    "row_sum:NAME" (float32 sums over the columns of another weight), or "" (always stored)."""
+    "fill:VALUE", "int8" (each of -127..127 alike), "row_sum:NAME" (float32 sums over the columns of another weight), or
+    "" (always stored)."""
 
     shape: tuple[int, ...]
     dtype: str

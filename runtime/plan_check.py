@@ -76,6 +76,10 @@ def _check_step(plan: Plan, step: Step) -> None:
     _compare("input", {r: f.stop - f.start for r, f in step.inputs.items()}, inputs)
     _compare("output", {r: f.stop - f.start for r, f in step.outputs.items()}, outputs)
     _compare("weight", {r: plan.weights[n].shape for r, n in step.weights.items()}, weights)
+    quantized = isinstance(step.spec, Linear) and step.spec.quantization is not None
+    if "weight" in step.weights:
+        dtype = plan.weights[step.weights["weight"]].dtype
+        _need((dtype == "int8") == quantized, f"has a weight of {dtype}, which its quantization contradicts")
 
 
 def _compare(kind: str, found: dict, wanted: dict) -> None:
@@ -126,7 +130,9 @@ def _linear(spec: Linear) -> tuple[dict, dict, dict]:
     outputs = {f"y{i}": s.width for i, s in enumerate(spec.segments)} | ({"sum": k} if spec.store else {})
     weights = {"weight": (n, k)} | ({"bias": (n,)} if spec.bias else {})
     weights |= _norm(spec.norm, "norm", k) | _norm(spec.post_norm, "post_norm", k)
-    if spec.norm is not None and spec.norm.kind == "layer" and not spec.norm.weight:
+    if spec.quantization is not None:
+        weights["weight_scale"] = (n,)
+    elif spec.norm is not None and spec.norm.kind == "layer" and not spec.norm.weight:
         weights["row_sum"] = (n,)
     return inputs, outputs, weights
 

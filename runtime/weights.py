@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dscompile.runtime.errors import UserError
+from dscompile.runtime.int8 import LARGEST
 from dscompile.runtime.kv_cache import dtype_of
 from dscompile.runtime.manifest import Manifest
 from dscompile.runtime.plan import Plan, Weight
@@ -29,6 +31,8 @@ SAFETENSORS_DTYPES = {
 }
 ROW_SUM = "row_sum:"
 NORMAL = "normal:"
+FILL = "fill:"
+INT8 = "int8"
 
 
 def shards(manifest: Manifest, rank: int = 0) -> list[str]:
@@ -72,10 +76,14 @@ def make_weight(
         return torch.ones(weight.shape, dtype=dtype, device=device)
     if weight.init == "zeros":
         return torch.zeros(weight.shape, dtype=dtype, device=device)
+    if weight.init.startswith(FILL):
+        return torch.full(weight.shape, float(weight.init.removeprefix(FILL)), dtype=dtype, device=device)
     if weight.init.startswith(ROW_SUM):
         return others[weight.init.removeprefix(ROW_SUM)].sum(-1, dtype=torch.float32).to(dtype)
     # 32 bits, because the CPU's generator ignores the others.
     generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    if weight.init == INT8:
+        return torch.randint(-LARGEST, LARGEST + 1, weight.shape, dtype=dtype, device=device, generator=generator)
     std = float(weight.init.removeprefix(NORMAL))
     return torch.empty(weight.shape, dtype=dtype, device=device).normal_(0.0, std, generator=generator)
 
@@ -136,6 +144,13 @@ def _is_normal(init: str) -> bool:
         return False
 
 
+def _is_fill(init: str) -> bool:
+    try:
+        return math.isfinite(float(init.removeprefix(FILL)))
+    except ValueError:
+        return False
+
+
 def _never(init: str) -> bool:
     return False
 
@@ -144,7 +159,13 @@ def _always(init: str) -> bool:
     return True
 
 
-_INITS: dict[str, Callable[[str], bool]] = {"ones": _always, "zeros": _always, "normal": _is_normal}
+_INITS: dict[str, Callable[[str], bool]] = {
+    "ones": _always,
+    "zeros": _always,
+    "int8": _always,
+    "fill": _is_fill,
+    "normal": _is_normal,
+}
 
 
 def _numel(shape: tuple[int, ...]) -> int:

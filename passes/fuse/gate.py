@@ -38,6 +38,8 @@ def _check(graph: ModelGraph, match: Match) -> str | None:
     for node, user in ((match.gate, match.activation), (match.up, match.product), (match.activation, match.product)):
         if others := other_users(node, user):
             return f"{node.name} is also read by {others}"
+    if match.gate.args[3].quantization != match.up.args[3].quantization:
+        return f"{match.gate.name} and {match.up.name} are quantized differently"
     if match.gate.args[3].out_features != match.up.args[3].out_features:
         return f"{match.gate.name} and {match.up.name} have different widths"
     return None

@@ -7,6 +7,7 @@ from torch import fx
 from dscompile.passes import vocabulary
 from dscompile.passes.fuse.regions import fused_linear, replace_with_region
 from dscompile.passes.graph import ModelGraph
+from dscompile.passes.quantize.choose import QUANTIZATION
 from dscompile.passes.rule import Log, Rule, apply_rule
 from dscompile.runtime.plan import Linear, Segment
 
@@ -14,7 +15,13 @@ from dscompile.runtime.plan import Linear, Segment
 def _rewrite(graph: ModelGraph, node: fx.Node) -> None:
     x, weight, *bias = node.args
     out_features, in_features = weight.meta["val"].shape
-    spec = Linear(in_features, out_features, (Segment(0, out_features),), bias=bool(bias))
+    spec = Linear(
+        in_features,
+        out_features,
+        (Segment(0, out_features),),
+        bias=bool(bias),
+        quantization=node.meta.get(QUANTIZATION),
+    )
     weights = {"weight": weight, "bias": bias[0]} if bias else {"weight": weight}
     replace_with_region(graph, node, fused_linear, ((x,), (), weights, spec), [node], RULE.name)
 

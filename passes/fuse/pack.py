@@ -44,6 +44,7 @@ def _pattern(graph: ModelGraph, node: fx.Node) -> Match | None:
         return None
     (x,) = node.args[0]
     members = tuple(u for u in x.users if u.target is fused_linear and u.args[0] == (x,))
+    members = tuple(u for u in members if u.args[3].quantization == node.args[3].quantization)
     order = {n: i for i, n in enumerate(graph.graph.nodes)}
     members = tuple(sorted(members, key=order.__getitem__))
     return Match(members) if len(members) > 1 and members[0] is node else None

@@ -55,6 +55,8 @@ def _check(graph: ModelGraph, match: Match) -> str | None:
             return reason
     if len({(n.args[3].scale, n.args[3].out_features) for n in match.linears}) > 1:
         return "the linears of the sum have different factors or widths"
+    if len({n.args[3].quantization for n in match.linears}) > 1:
+        return "only some linears of the sum are quantized"
     return None
 
 

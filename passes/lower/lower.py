@@ -198,8 +198,11 @@ class _Lowering:
         prefix = "" if layer is None else f"layers.{layer}."
         name, taken = prefix + "+".join(regions), {s.name for s in self.steps}
         name = next(n for n in (name, *(f"{name}.{i}" for i in range(1, len(taken) + 2))) if n not in taken)
-        bound = {role: self.weights.add(name, role, w) for role, w in weights.items()}
-        if isinstance(spec, Linear) and spec.norm and spec.norm.kind == "layer" and not spec.norm.weight:
+        quantized = isinstance(spec, Linear) and spec.quantization is not None
+        bound = {r: self.weights.add(name, r, w) for r, w in weights.items() if not (quantized and r == "weight")}
+        if quantized:
+            bound |= self.weights.add_int8(name, weights["weight"])
+        elif isinstance(spec, Linear) and spec.norm and spec.norm.kind == "layer" and not spec.norm.weight:
             bound["row_sum"] = self.weights.add_row_sum(name, bound["weight"])
         self.steps.append(Step(name, spec, regions, layer, inputs, outputs, bound))
         self.regions.append(

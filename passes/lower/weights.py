@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from dscompile.passes.graph import ModelGraph
-from dscompile.passes.recipe import Cast, Constant, Recipe, RowSum, shape_of
+from dscompile.passes.recipe import Cast, Constant, Quantize, Recipe, RowSum, shape_of
 from dscompile.runtime.plan import Weight
 
 FLOAT32_ROLES = {"rope_cos", "rope_sin", "alibi_slopes", "sinks", "correction"}
@@ -13,6 +13,8 @@ FLOAT32_ROLES = {"rope_cos", "rope_sin", "alibi_slopes", "sinks", "correction"}
 INITIAL = dict.fromkeys(("weight", "table", "positions_table", "bias", "gate_up", "down"), "normal:0.02") | {
     "correction": "zeros"
 }
+# Integers of -127..127 have a deviation of 73.3: times this it is that of other weights.
+INITIAL_SCALE = f"fill:{0.02 / 73.3:.3g}"
 
 
 class WeightTable:
@@ -32,6 +34,14 @@ class WeightTable:
         recipe = Cast(source, dtype)
         initial = "" if isinstance(source, Constant) else INITIAL.get(role, "zeros" if "bias" in role else "ones")
         return self._add(f"{step}.{role}", recipe, dtype, initial)
+
+    def add_int8(self, step: str, node: fx.Node) -> dict[str, str]:
+        """The names of the two weights that hold a quantized linear's: by role, weight and weight_scale."""
+        source = self._graph.recipe(node)
+        return {
+            "weight": self._add(f"{step}.weight", Quantize(source, "q"), "int8", "int8"),
+            "weight_scale": self._add(f"{step}.weight_scale", Quantize(source, "scale"), "float32", INITIAL_SCALE),
+        }
 
     def add_row_sum(self, step: str, weight: str) -> str:
         """Return the name of the float32 row sums of a weight as stored."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dscompile.passes import recipe as r
+from dscompile.runtime.int8 import quantize_rows
 
 W = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 V = torch.randn(4, generator=torch.Generator().manual_seed(1))
@@ -26,6 +27,9 @@ w, v = r.Source("w", (6, 4)), r.Source("v", (4,))
         (r.MatVec(w, v), (W.double() @ V.double()).float()),
         (r.Cast(w, "float16"), W.half()),
         (r.RowSum(r.Cast(w, "float16")), W.half().double().sum(1).float()),
+        (r.ScaleRows(w, r.Slice(r.Concat((v, v)), 0, 6)), W * torch.cat([V, V])[:6, None]),
+        (r.Quantize(w, "q"), quantize_rows(W)[0]),
+        (r.Quantize(w, "scale"), W.abs().amax(1) / 127),
         (r.Zeros((3,)), torch.zeros(3)),
     ],
 )

@@ -1,0 +1,33 @@
+"""The same plan without its quantization: what a quantized artifact is measured against."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dscompile.passes.lower.lower import Lowered
+from dscompile.passes.recipe import Cast, Quantize, Recipe, RowSum
+from dscompile.runtime.plan import Linear, Plan, Step, Weight
+
+
+def without_quantization(lowered: Lowered, dtype: str) -> Lowered:
+    """A plan for the CPU with the steps of `lowered` in which every int8 weight is the unrounded one in `dtype`."""
+    weights = {n: w for n, w in lowered.plan.weights.items() if not isinstance(lowered.recipes[n], Quantize)}
+    recipes: dict[str, Recipe] = {n: lowered.recipes[n] for n in weights}
+
+    def plain(step: Step) -> Step:
+        if not isinstance(step.spec, Linear) or step.spec.quantization is None:
+            return step
+        bound = {role: name for role, name in step.weights.items() if role != "weight_scale"}
+        source = lowered.recipes[bound["weight"]]
+        assert isinstance(source, Quantize)
+        recipes[bound["weight"]] = Cast(source.x, dtype)
+        weights[bound["weight"]] = Weight(lowered.plan.weights[bound["weight"]].shape, dtype, "")
+        if step.spec.norm and step.spec.norm.kind == "layer" and not step.spec.norm.weight:
+            bound["row_sum"] = f"{step.name}.row_sum"
+            recipes[bound["row_sum"]] = RowSum(recipes[bound["weight"]])
+            weights[bound["row_sum"]] = Weight((step.spec.out_features,), "float32", f"row_sum:{bound['weight']}")
+        return dataclasses.replace(step, spec=dataclasses.replace(step.spec, quantization=None), weights=bound)
+
+    steps = tuple(dataclasses.replace(plain(step), program="") for step in lowered.plan.steps)
+    plan: Plan = dataclasses.replace(lowered.plan, steps=steps, weights=weights, programs={}, kernels={})
+    return dataclasses.replace(lowered, plan=plan, recipes=recipes, requests=())

@@ -1,0 +1,100 @@
+"""Quantized artifacts: what is stored, what runs, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dscompile.compiler import compile_model
+from dscompile.runtime import load
+from dscompile.runtime.artifact import read_plan, verify_artifact
+from dscompile.runtime.errors import UserError
+from dscompile.runtime.manifest import read_manifest
+from dscompile.runtime.plan import Linear, Quantization
+from tests.compiler.tiny import CONFIGS, OPTIONS, make_config, save_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models") / "llama"
+    save_model("llama", directory)
+    return directory
+
+
+def _specs(artifact):
+    return {s.name: s.spec for s in read_plan(artifact).steps if isinstance(s.spec, Linear)}
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [("llama", "int8"), ("gptj", "int8-weight-only"), ("bloom", "int8"), ("qwen3_moe", "int8"), ("gemma2", "int8")],
+)
+def test_models_compile(name, scheme, tmp_path):
+    save_model(name, tmp_path / "model")
+    report = compile_model(tmp_path / "model", tmp_path / "out", quant=scheme, **OPTIONS)
+    assert report.verification.status == "passed"
+    names = [check.name for check in report.verification.checks]
+    assert names[:3] == ["prefill", "decode", "greedy tokens"] and any("int8 prefill" in n for n in names)
+    assert verify_artifact(tmp_path / "out").quantization == scheme
+    wanted = Quantization("token" if scheme == "int8" else "none")
+    specs = _specs(tmp_path / "out")
+    kept = {n for n, spec in specs.items() if spec.quantization is None}
+    assert all(spec.quantization in (None, wanted) for spec in specs.values())
+    assert {n for n in kept if "layers" not in n} == {"head"}
+    assert len(kept) == (3 if name == "qwen3_moe" else 1), "beside the head only routers"
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_linears_take_half_the_space_of_half_precision(model, tmp_path):
+    """Rows of 128 and more: a row of K bytes has a scale of 4."""
+    compile_model(model, tmp_path / "out", quant="int8", quant_lm_head=True, verify=False, **OPTIONS)
+    plan = read_plan(tmp_path / "out")
+    assert all(spec.quantization for spec in _specs(tmp_path / "out").values())
+    for step in plan.steps:
+        if isinstance(step.spec, Linear):
+            weight, scale = (plan.weights[step.weights[role]] for role in ("weight", "weight_scale"))
+            assert (weight.dtype, scale.dtype) == ("int8", "float32")
+            assert scale.shape == weight.shape[:1]
+
+
+def test_packing_is_that_of_the_float_model(model, tmp_path):
+    compile_model(model, tmp_path / "int8", quant="int8", verify=False, **OPTIONS)
+    compile_model(model, tmp_path / "plain", verify=False, **OPTIONS)
+    assert [s.name for s in read_plan(tmp_path / "int8").steps] == [s.name for s in read_plan(tmp_path / "plain").steps]
+
+
+def test_dummy_weights(tmp_path):
+    make_config(CONFIGS["bloom"]).save_pretrained(tmp_path / "config")
+    for kind in ("generated", "stored"):
+        compile_model(tmp_path / "config", tmp_path / kind, quant="int8", dummy_weights=kind, verify=False, **OPTIONS)
+    generated, stored = (load(tmp_path / kind).logits([[1, 2, 3]])[0] for kind in ("generated", "stored"))
+    assert torch.equal(generated, stored)
+    assert torch.isfinite(stored).all() and stored.std() > 1e-3
+    assert read_manifest(tmp_path / "generated").quantization == "int8"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_numbers_are_named(model, tmp_path, value):
+    broken = tmp_path / "broken"
+    save_model("llama", broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = value
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.down_proj\.weight.*NaN or inf"):
+        compile_model(broken, tmp_path / "out", quant="int8", **OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_and_columns_of_zeros(tmp_path):
+    save_model("llama", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    for name in ("v_proj", "o_proj"):
+        weight = tensors[f"model.layers.0.self_attn.{name}.weight"]
+        weight[5], weight[:, 7] = 0, 0
+    tensors["model.layers.1.input_layernorm.weight"][3] = 0
+    tensors["model.layers.1.mlp.up_proj.weight"][:] = 0
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    report = compile_model(tmp_path / "model", tmp_path / "out", quant="int8", **OPTIONS)
+    assert report.verification.status == "passed"
+    assert load(tmp_path / "out").logits([[1, 2, 3]])[0].isfinite().all()
