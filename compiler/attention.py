@@ -83,6 +83,10 @@ def attend(
 
     q [1, Hq, T, D], k [1, Hkv, T, D], v [1, Hkv, T, Dv], already rotated -> [1, T, Hq, Dv]
     """
+    if not causal and (window or chunk):
+        raise UserError(
+            f"attention of {type(module).__name__} sees a window of tokens on both sides, which dscompile does not have"
+        )
     state = _tracing.get()
     layer = getattr(module, "layer_idx", None)
     layer = state.layer if layer is None else int(layer)

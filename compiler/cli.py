@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dscompile.runtime import command
+from dscompile.runtime.manifest import read_manifest
 from dscompile.runtime.report import Report
 from dscompile.runtime.report_text import format_bytes, summary_lines, verification_line
 
@@ -89,7 +90,8 @@ def _summary(report: Report, out: Path) -> None:
     for line in (*summary_lines(report), verification_line(report.verification)):
         print(f"  {line}")
     prompt = f"-p {shlex.quote(EXAMPLE_PROMPT)}" if (out / "tokenizer.json").exists() else "--tokens 1,2,3"
-    print(f"Next: dsrun generate {shlex.quote(str(out))} {prompt}")
+    command = "embed" if read_manifest(out).pooling else "generate"
+    print(f"Next: dsrun {command} {shlex.quote(str(out))} {prompt}")
 
 
 def _quiet() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from dscompile.codegen.aot import compile_kernels
 from dscompile.compiler.checkpoint import Checkpoint
 from dscompile.compiler.config import CompileConfig, parse_config, resolve_dtype, resolve_limits
+from dscompile.compiler.encoders import first_position, is_encoder
 from dscompile.compiler.facts import count_parameters, make_manifest, model_name, report_facts
 from dscompile.compiler.measure import measure_regions
 from dscompile.compiler.model import build_on_meta
@@ -56,7 +57,7 @@ def compile_model(model: str | Path, out: str | Path, *, progress: Progress | No
 
 def _compile(source: ModelSource, config: CompileConfig, directory: Path, progress: Progress) -> Report:
     progress.start("tracing")
-    limits = resolve_limits(config, source.max_seq_len())
+    limits = resolve_limits(config, _model_limit(source), is_encoder(source.config))
     graph = trace_model(source.config, limits.max_seq_len)
     num_params = count_parameters(graph)
     checkpoint = None if config.dummy_weights else Checkpoint(source.directory, build_on_meta(source.config))
@@ -92,6 +93,14 @@ def _compile(source: ModelSource, config: CompileConfig, directory: Path, progre
     write_html(report, directory / "report.html")
     write_manifest(directory, manifest)
     return report
+
+
+def _model_limit(source: ModelSource) -> int | None:
+    """The longest sequence the model was made for; a position table may have rows that no token gets."""
+    limit = source.max_seq_len()
+    if limit is None or not is_encoder(source.config):
+        return limit
+    return limit - first_position(build_on_meta(source.config))
 
 
 def _write_kernels(directory: Path, lowered: Lowered, plan: Plan, targets: tuple[str, ...], progress: Progress) -> Plan:

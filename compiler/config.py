@@ -161,15 +161,17 @@ def _one_of(option: str, value: object, choices: tuple[str, ...]) -> None:
         raise UserError(f"unknown {option} {value!r}: choose from {', '.join(choices)}")
 
 
-def resolve_limits(config: CompileConfig, model_limit: int | None) -> Limits:
-    """The plan's limits. model_limit: longest sequence the model was made for, None if it knows none.
+def resolve_limits(config: CompileConfig, model_limit: int | None, whole_sequences: bool = False) -> Limits:
+    """The plan's limits. model_limit: longest sequence the model was made for, None if it knows none;
+    whole_sequences: whether any sequence must fit in a step.
 
     Raises UserError where more is asked for: positions beyond it have no meaning to the model, or no table.
     """
     if model_limit is not None and (config.max_seq_len or 0) > model_limit:
         raise UserError(f"max_seq_len {config.max_seq_len} is more than the model's limit of {model_limit}")
+    max_seq_len = config.max_seq_len or model_limit or UNLIMITED_SEQ_LEN
     return Limits(
-        max_seq_len=config.max_seq_len or model_limit or UNLIMITED_SEQ_LEN,
+        max_seq_len=max_seq_len,
         max_batch=config.max_batch,
-        max_step_tokens=max(Limits.max_step_tokens, config.max_batch),
+        max_step_tokens=max(Limits.max_step_tokens, config.max_batch, max_seq_len if whole_sequences else 1),
     )

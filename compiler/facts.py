@@ -9,6 +9,7 @@ from typing import Any
 
 from dscompile.compiler.config import CompileConfig
 from dscompile.compiler.dummy import SEED
+from dscompile.compiler.pooling import read_pooling
 from dscompile.compiler.source import ModelSource
 from dscompile.passes.graph import ModelGraph
 from dscompile.passes.recipe import Source
@@ -25,6 +26,7 @@ def count_parameters(graph: ModelGraph) -> int:
 
 def make_manifest(source: ModelSource, config: CompileConfig, plan: Plan, dtype: str, num_params: int) -> Manifest:
     """The manifest, its table of files still empty."""
+    pooling, normalize = read_pooling(source) if plan.is_encoder else ("", False)
     return Manifest(
         name=model_name(source),
         architecture=source.architecture(),
@@ -39,6 +41,8 @@ def make_manifest(source: ModelSource, config: CompileConfig, plan: Plan, dtype:
         weights="dummy" if config.dummy_weights == "generated" else "stored",
         seed=SEED,
         eos_token_ids=source.eos_token_ids(),
+        pooling=pooling,  # type: ignore[arg-type]
+        normalize=normalize,
         tool_versions={name: importlib.metadata.version(name) for name in _TOOLS},
     )
 

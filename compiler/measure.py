@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from dscompile.runtime import load
+from dscompile.runtime.artifact import read_plan
 from dscompile.runtime.bench import kernel_times
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.report import Region, Report
@@ -20,9 +21,9 @@ def measure_regions(report: Report, artifact: Path) -> Report:
     """Return the report with each region's microseconds in a decode step of one sequence, in one layer.
 
     Regions that share a kernel are given its mean. Without a GPU that the artifact has kernels for, or with too little
-    memory on it, the report is returned as it is.
+    memory on it, or for an encoder, which has no such step, the report is returned as it is.
     """
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or read_plan(artifact).is_encoder:
         return report
     try:
         engine = load(artifact, max_kv_tokens=2 * PROMPT_TOKENS)

@@ -8,26 +8,28 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from dscompile.compiler.encoders import auto_class, is_encoder
 from dscompile.compiler.quiet import quiet
 from dscompile.runtime.errors import UserError
 
 
 def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
-    """Return the causal language model of a configuration in float32, parameters on the meta device.
+    """Return the causal language model of a configuration, or the encoder, in float32, parameters on the meta device.
 
     Tracing in float32 lets every cast between a model's dtype and float32 vanish. Raises UserError for a
-    configuration that transformers knows no causal language model for, or cannot build.
+    configuration that transformers knows neither for, or cannot build.
     """
     try:
         with quiet(), _parameters_on_meta():
             # A copy: transformers writes the dtype and the attention into the configuration it is given.
             own = copy.deepcopy(config)
-            model = AutoModelForCausalLM.from_config(own, attn_implementation="eager", dtype=torch.float32)
+            model = auto_class(config).from_config(own, attn_implementation="eager", dtype=torch.float32)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"transformers cannot build a causal language model from this config.json: {reason}") from error
+        kind = "an encoder" if is_encoder(config) else "a causal language model"
+        raise UserError(f"transformers cannot build {kind} from this config.json: {reason}") from error
     return model.eval().requires_grad_(False)
 
 

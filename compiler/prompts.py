@@ -30,6 +30,22 @@ def choose_prompts(plan: Plan, num_params: int, seed: int = 0) -> tuple[list[lis
     return [torch.randint(plan.vocab_size, (n,), generator=generator).tolist() for n in lengths], note
 
 
+def choose_texts(plan: Plan, num_params: int, avoid: int | None, seed: int = 0) -> tuple[list[list[int]], str]:
+    """Random token ids for an encoder, the longest it takes among them, and a note on what they leave out.
+
+    avoid: the padding token, which transformers does not count where it numbers a text's tokens.
+    """
+    lengths = {min(length, plan.max_seq_len) for length in LENGTHS}
+    note = ""
+    if num_params * plan.max_seq_len <= CPU_WORK or torch.cuda.is_available():
+        lengths.add(plan.max_seq_len)
+    else:
+        note = f"no text had all {plan.max_seq_len} tokens"
+    generator = torch.Generator().manual_seed(seed)
+    texts = [torch.randint(plan.vocab_size - 1, (n,), generator=generator) for n in sorted(lengths)]
+    return [(t if avoid is None else t + (t >= avoid).long()).tolist() for t in texts], note
+
+
 def kv_tokens(plan: Plan, prompts: list[list[int]]) -> int:
     """Tokens of cache that all prompts and what they generate need, in whole blocks."""
     page = plan.page_size

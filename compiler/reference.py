@@ -3,23 +3,47 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from dscompile.compiler.adapters import reference_attention
+from dscompile.compiler.encoders import auto_class
 from dscompile.compiler.quiet import quiet
 from dscompile.compiler.rotary import freeze_rotary
 from dscompile.compiler.source import ModelSource
 from dscompile.runtime.errors import UserError
 
 
-@torch.no_grad()
 def reference_logits(
     source: ModelSource, texts: list[list[int]], dtype: str, max_seq_len: int, device: torch.device
 ) -> list[Tensor]:
     """Logits of every position of each text, alone in its batch: [len, V] float32 on the CPU.
+
+    See `reference_outputs`.
+    """
+    return reference_outputs(source, texts, dtype, max_seq_len, device, {"use_cache": False}, "logits")
+
+
+def reference_hidden(
+    source: ModelSource, texts: list[list[int]], dtype: str, max_seq_len: int, device: torch.device
+) -> list[Tensor]:
+    """An encoder's last hidden state of every position of each text, [len, D]. See `reference_outputs`."""
+    return reference_outputs(source, texts, dtype, max_seq_len, device, {}, "last_hidden_state")
+
+
+@torch.no_grad()
+def reference_outputs(
+    source: ModelSource,
+    texts: list[list[int]],
+    dtype: str,
+    max_seq_len: int,
+    device: torch.device,
+    options: dict[str, Any],
+    output: str,
+) -> list[Tensor]:
+    """One output of the model for each text, alone in its batch, in float32 on the CPU.
 
     max_seq_len: the artifact's, which decides the rotary table that transformers would choose by length.
     device:      where the artifact ran; the model goes there if it fits, and is gone from it afterwards.
@@ -28,16 +52,16 @@ def reference_logits(
     freeze_rotary(model, max_seq_len)
     device = device if _fits(model, device) else torch.device("cpu")
     model = model.to(device)
-    logits = [model(torch.tensor([text], device=device), use_cache=False).logits[0].float().cpu() for text in texts]
+    rows = [model(torch.tensor([t], device=device), **options)[output][0].float().cpu() for t in texts]
     del model
     gc.collect()
-    return logits
+    return rows
 
 
 def _load(source: ModelSource, dtype: str) -> nn.Module:
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
+            model = auto_class(source.config).from_pretrained(
                 source.directory,
                 dtype=getattr(torch, dtype),
                 attn_implementation=reference_attention(source.config),

@@ -26,7 +26,7 @@ TOKENIZER_FILES = (
 _SLOW_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
 _DOWNLOADED = ("*.json", "*.jinja", "*.model", "*.txt")
 # Second copies of the weights in other layouts.
-_NOT_DOWNLOADED = ("*/*", "consolidated*")
+_NOT_DOWNLOADED = ("*/*.safetensors", "*/*.model", "*/*.txt", "consolidated*")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ModelSource:
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a sequence: generation_config.json's, else config.json's."""
         path = self.directory / GENERATION_CONFIG
-        given = _read_json(path).get("eos_token_id") if path.is_file() else None
+        given = read_json(path).get("eos_token_id") if path.is_file() else None
         if given is None:
             given = self.config.get_text_config(decoder=True).eos_token_id
         return () if given is None else tuple(given) if isinstance(given, list) else (int(given),)
@@ -121,7 +121,7 @@ def write_tokenizer(source: ModelSource, out: Path) -> bool:
 
 
 def _read_config(name: str, directory: Path) -> PretrainedConfig:
-    _read_json(directory / CONFIG)
+    read_json(directory / CONFIG)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -136,13 +136,14 @@ def _read_config(name: str, directory: Path) -> PretrainedConfig:
     return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, kind: type = dict) -> Any:
+    """A file's data. Raises UserError naming it, if it is not JSON or not of that kind."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: is not a JSON object")
+    if not isinstance(data, kind):
+        raise UserError(f"{path}: is not a JSON {'object' if kind is dict else 'array'}")
     return data
 
 

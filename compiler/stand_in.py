@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from dscompile.compiler.config import CompileConfig
+from dscompile.compiler.encoders import auto_class
 from dscompile.compiler.model import build_on_meta
 from dscompile.compiler.quiet import quiet
 from dscompile.compiler.source import ModelSource, find_model
@@ -54,7 +55,7 @@ def write_stand_in(source: ModelSource, report: Report, directory: Path) -> Iter
         config = shrink(config, num_layers, SMALL_VOCABULARY)
     with tempfile.TemporaryDirectory(prefix="stand-in-", dir=directory) as scratch:
         with quiet():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = auto_class(config).from_config(config, dtype=dtype)
             randomize(model)
             model.save_pretrained(Path(scratch) / "model")
         del model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
@@ -10,6 +12,7 @@ from transformers import PretrainedConfig
 
 from dscompile.compiler.adapters import adapt
 from dscompile.compiler.attention import tracing, use_opaque_attention
+from dscompile.compiler.encoders import check_visibility, first_position, is_encoder
 from dscompile.compiler.model import build_on_meta
 from dscompile.compiler.quiet import quiet
 from dscompile.compiler.rotary import freeze_rotary
@@ -26,7 +29,8 @@ _EXAMPLE_TOKENS = 13
 def trace_model(config: PretrainedConfig, max_seq_len: int) -> ModelGraph:
     """Trace the model of a configuration for ragged batches of tokens.
 
-    The graph takes tokens and positions [1, T] int64 and returns logits [1, T, V]. Its weights carry the names of the
+    The graph takes tokens and positions [1, T] int64 and returns logits [1, T, V], or, of an encoder, the last hidden
+    states [1, T, D], token types all zero. Its weights carry the names of the
     model's state_dict; tied weights share one. Buffers that no checkpoint stores, and constants, keep their values.
     Raises UserError for a model whose attention is not understood, or in which another operator mixes tokens.
     """
@@ -36,8 +40,10 @@ def trace_model(config: PretrainedConfig, max_seq_len: int) -> ModelGraph:
     freeze_rotary(model, max_seq_len)
     use_opaque_attention(model)
     values = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.device.type != "meta"}
-    program = _export(model.to("meta"))  # type: ignore[arg-type]
+    encoder = is_encoder(config)
+    program = _export(model.to("meta"), _Hidden if encoder else _Logits)  # type: ignore[arg-type]
     graph = _with_named_weights(program, model, values, max_seq_len)
+    graph.is_encoder = encoder
     _simplify(graph)
     _check_attention(graph, config)
     return graph
@@ -67,14 +73,31 @@ class _Logits(nn.Module):
             return self.model(input_ids=tokens, position_ids=positions, use_cache=False, return_dict=True).logits
 
 
-def _export(model: nn.Module) -> torch.export.ExportedProgram:
+class _Hidden(nn.Module):
+    """An encoder as a function of tokens and positions."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.first = first_position(model)
+        self.has_types = "token_type_ids" in inspect.signature(model.forward).parameters
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        torch._check(tokens.shape[1] == positions.shape[1])
+        types = {"token_type_ids": torch.zeros_like(tokens)} if self.has_types else {}
+        rows = positions + self.first if self.first else positions
+        with tracing(positions):
+            return self.model(input_ids=tokens, position_ids=rows, return_dict=True, **types).last_hidden_state
+
+
+def _export(model: nn.Module, function: type[nn.Module]) -> torch.export.ExportedProgram:
     tokens = torch.zeros(1, _EXAMPLE_TOKENS, dtype=torch.int64, device="meta")
     positions = torch.zeros(1, _EXAMPLE_TOKENS, dtype=torch.int64, device="meta")
     length = {1: torch.export.Dim.AUTO}
     try:
         with torch.no_grad(), quiet():
             program = torch.export.export(
-                _Logits(model), (tokens, positions), dynamic_shapes=(length, length), strict=False
+                function(model), (tokens, positions), dynamic_shapes=(length, length), strict=False
             )
             # Decomposing traces again; what it removes, and the passes do not know, are operators that write in place.
             return program.run_decompositions({}) if _writes_in_place(program) else program
@@ -196,6 +219,7 @@ def _check_attention(graph: ModelGraph, config: PretrainedConfig) -> None:
     )
     layers = config.get_text_config(decoder=True).num_hidden_layers
     found = [n.args[4] for n in graph.graph.nodes if n.target is torch.ops.dsc.attention.default]
+    causal = [bool((*n.args, True)[6]) for n in graph.graph.nodes if n.target is torch.ops.dsc.attention.default]
     complete = sorted(found) == list(range(layers))
     if complete or not hard_coded:
         check_tokens(graph.module)
@@ -204,3 +228,4 @@ def _check_attention(graph: ModelGraph, config: PretrainedConfig) -> None:
             f"found {len(found)} attention operators in {layers} layers: this model's attention is written in its own "
             f"code; write an adapter in compiler/adapters"
         )
+    check_visibility(causal, graph.is_encoder)

@@ -11,8 +11,8 @@ import transformers
 from torch import Tensor
 
 from dscompile.compiler.facts import model_name
-from dscompile.compiler.prompts import NEW_TOKENS, choose_prompts, kv_tokens
-from dscompile.compiler.reference import reference_logits
+from dscompile.compiler.prompts import NEW_TOKENS, choose_prompts, choose_texts, kv_tokens
+from dscompile.compiler.reference import reference_hidden, reference_logits
 from dscompile.compiler.source import ModelSource, find_model
 from dscompile.compiler.step_through import decode_logits
 from dscompile.runtime import load
@@ -20,6 +20,7 @@ from dscompile.runtime.artifact import read_plan
 from dscompile.runtime.engine import Engine
 from dscompile.runtime.errors import VerificationError
 from dscompile.runtime.manifest import read_manifest
+from dscompile.runtime.plan import Plan
 from dscompile.runtime.report import Check, Verification
 
 FLOAT32_LIMIT = 1e-5
@@ -45,14 +46,8 @@ class Measured:
 
 def verify_artifact(artifact: Path, source: ModelSource) -> Verification:
     """Compare an artifact with its original model. The two are never in memory together."""
-    plan, manifest = read_plan(artifact), read_manifest(artifact)
-    prompts, note = choose_prompts(plan, manifest.num_params)
-    engine = load(artifact, max_kv_tokens=kv_tokens(plan, prompts))
-    device = engine.device
-    measured = measure(engine, prompts)
-    del engine
-    gc.collect()
-    checks = compare(measured, prompts, source, manifest.dtype, plan.max_seq_len, device)
+    plan = read_plan(artifact)
+    checks, note, device = (_check_encoder if plan.is_encoder else _check_decoder)(artifact, source, plan)
     on_gpu = device.type == "cuda"
     return Verification(
         status="passed" if all(check.passed for check in checks) else "failed",
@@ -63,6 +58,35 @@ def verify_artifact(artifact: Path, source: ModelSource) -> Verification:
         checks=checks,
         note=note,
     )
+
+
+def _check_decoder(artifact: Path, source: ModelSource, plan: Plan) -> tuple[tuple[Check, ...], str, torch.device]:
+    manifest = read_manifest(artifact)
+    prompts, note = choose_prompts(plan, manifest.num_params)
+    engine = load(artifact, max_kv_tokens=kv_tokens(plan, prompts))
+    device = engine.device
+    measured = measure(engine, prompts)
+    del engine
+    gc.collect()
+    return compare(measured, prompts, source, manifest.dtype, plan.max_seq_len, device), note, device
+
+
+def _check_encoder(artifact: Path, source: ModelSource, plan: Plan) -> tuple[tuple[Check, ...], str, torch.device]:
+    """The last hidden states of texts in ragged batches."""
+    manifest = read_manifest(artifact)
+    texts, note = choose_texts(plan, manifest.num_params, getattr(source.config, "pad_token_id", None))
+    engine = load(artifact)
+    device = engine.device
+    hidden = engine.hidden_states(texts)
+    del engine
+    gc.collect()
+    exact = reference_hidden(source, texts, "float32", plan.max_seq_len, device)
+    limit = FLOAT32_LIMIT
+    if manifest.dtype != "float32":
+        limit = HALF_FACTOR * rms_error(
+            reference_hidden(source, texts, manifest.dtype, plan.max_seq_len, device), exact
+        )
+    return (Check("hidden states", rms_error(hidden, exact), limit),), note, device
 
 
 def verify_against(artifact: str | Path, model: str | Path) -> Verification:

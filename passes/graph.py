@@ -19,6 +19,7 @@ class ModelGraph:
     module: placeholders `tokens` and `positions` [1, T] int64, then one placeholder per weight; node.meta["weight"] is
         the weight's name, a key of `recipes`. Every node has meta["val"] on the meta device, T symbolic.
     recipes: how each weight is made. constants: the values of `Constant` leaves.
+    is_encoder: its output is the last hidden state of every token, not logits.
     max_seq_len: positions run from 0 to max_seq_len - 1 (tables over positions have this many rows).
     """
 
@@ -26,6 +27,7 @@ class ModelGraph:
     recipes: dict[str, Recipe]
     constants: dict[str, Tensor] = field(default_factory=dict)
     max_seq_len: int = 0
+    is_encoder: bool = False
 
     @property
     def graph(self) -> fx.Graph:

@@ -19,6 +19,7 @@ from dscompile.passes.normalize.cleanup import (
     keep_batch_dimension,
     merge_repeated,
 )
+from dscompile.passes.normalize.constant_rows import fold_constant_rows
 from dscompile.passes.normalize.elementwise import canonical_arithmetic, name_functions
 from dscompile.passes.normalize.embeddings import canonical_embeddings
 from dscompile.passes.normalize.experts import canonical_experts
@@ -45,6 +46,7 @@ PIPELINE = (
             canonical_attentions,
             split_packed_linears,
             canonical_embeddings,
+            fold_constant_rows,
             name_functions,
             canonical_arithmetic,
         ),

@@ -86,7 +86,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Add:
-    """x plus a number or a tensor of its shape."""
+    """x plus a number, or a tensor of its shape or one that is broadcast to it."""
 
     x: Recipe
     by: float | Recipe

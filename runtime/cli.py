@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
     # Imported by command: `dsrun report` and `dsrun --help` should not wait for torch.
-    module = "cli_execute" if args.command in ("generate", "perplexity", "bench") else "cli_inspect"
+    module = "cli_execute" if args.command in ("generate", "embed", "perplexity", "bench") else "cli_inspect"
     return getattr(import_module(f"dscompile.runtime.{module}"), args.command)(args)
 
 
@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command.Parser("dsrun", description="Run and inspect an artifact that dscompile wrote.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
+    _add_embed(commands)
     _add_report(commands)
     _add_verify(commands)
     _add(commands, "info", "what the artifact holds")
@@ -63,6 +64,17 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--repetition-penalty", type=float, metavar="X")
     parser.add_argument("--seed", type=int, metavar="N")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before TEXT; may be given several times")
+
+
+def _add_embed(commands: argparse._SubParsersAction) -> None:
+    parser = _add(commands, "embed", "vectors of texts, by an encoder", runs=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("-p", "--prompt", action="extend", nargs="+", metavar="TEXT", help="may be given several times")
+    source.add_argument("--tokens", action="append", type=command.int_list, metavar="IDS", help="token ids: 5,7,9")
+    parser.add_argument("--pooling", metavar="NAME", help="mean, cls or max; default: the model's own")
+    parser.add_argument(
+        "--normalize", action=argparse.BooleanOptionalAction, help="scale vectors to length 1; default: the model's own"
+    )
 
 
 def _add_report(commands: argparse._SubParsersAction) -> None:

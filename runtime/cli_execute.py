@@ -1,4 +1,4 @@
-"""The commands of `dsrun` that run the model: generate, perplexity, bench."""
+"""The commands of `dsrun` that run the model: generate, embed, perplexity, bench."""
 
 from __future__ import annotations
 
@@ -47,6 +47,18 @@ def generate(args: argparse.Namespace) -> int:
         return 0
     for index, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
         print("\n" if index else "", _shown(engine, prompt, args.chat), _text(engine, result), sep="")
+    return 0
+
+
+def embed(args: argparse.Namespace) -> int:
+    """Print a line of numbers for each text, its vector."""
+    texts = args.prompt or args.tokens
+    vectors = _load(args).embed(texts, args.pooling, args.normalize).tolist()
+    if args.json:
+        print_json([{"prompt": text, "embedding": vector} for text, vector in zip(texts, vectors, strict=True)])
+        return 0
+    for vector in vectors:
+        print(*(f"{x:.6g}" for x in vector))
     return 0
 
 

@@ -45,7 +45,8 @@ class CpuExecutor:
         self.num_blocks = size_pools(
             plan, min(free, DEFAULT_KV_BYTES) if max_kv_tokens is None else free, max_kv_tokens
         )
-        self.pools = [KVPool(g, plan.page_size, n) for g, n in zip(plan.kv_groups, self.num_blocks, strict=True)]
+        groups = [] if plan.is_encoder else list(zip(plan.kv_groups, self.num_blocks, strict=True))
+        self.pools = [KVPool(g, plan.page_size, n) for g, n in groups]
         self._arenas = {
             "T": torch.empty(arena_row_bytes(plan, "T") * plan.max_step_tokens, dtype=torch.uint8),
             "R": torch.empty(arena_row_bytes(plan, "R") * self.max_logit_rows, dtype=torch.uint8),
@@ -61,7 +62,7 @@ class CpuExecutor:
 
     @torch.inference_mode()
     def _run(self, batch: Batch) -> torch.Tensor:
-        """Run the plan's steps; returns logits [R, V], a view that the next step overwrites."""
+        """Run the plan's steps; returns logits [R, V] or hidden states [T, D], a view that the next step overwrites."""
         step = self._step_inputs(batch)
         num_tokens, num_logits = len(step.tokens), len(step.logit_rows)
         runs, logits = self._prepare(num_tokens, num_logits)
@@ -148,6 +149,8 @@ class CpuExecutor:
                 logits = _view(views, step.inputs["logits"])
             elif num_logits or not _is_logit_step(self.plan, step):
                 runs.append(self._bind(step, views))
+        if self.plan.hidden is not None:
+            logits = _view(views, self.plan.hidden)
         if logits is None:
             raise UserError("the plan has no sample step, so it has no logits; compile the model again")
         self._prepared[key] = runs, logits
@@ -162,7 +165,7 @@ class CpuExecutor:
             {role: _view(views, ref) for role, ref in step.inputs.items()},
             {role: _view(views, ref) for role, ref in step.outputs.items()},
             {role: self.weights[name] for role, name in step.weights.items()},
-            None if group is None else self.pools[group],
+            self.pools[group] if group is not None and self.pools else None,
             self._packed,
         )
 

@@ -118,7 +118,8 @@ class CudaExecutor:
         self._graph_sizes = graph_sizes(plan.max_batch)
         self._last: Running | None = None
         self._slots = [self._make_slot() for _ in range(self.max_in_flight + 1)]
-        self._sampling = next((s for s in plan.steps if isinstance(s.spec, Sample)), None)
+        sampled = (s.inputs["logits"] for s in plan.steps if isinstance(s.spec, Sample))
+        self._output = plan.hidden or next(sampled, None)
         gpu.synchronize()
 
     @property
@@ -202,10 +203,11 @@ class CudaExecutor:
         return self._graphs[size, plain]
 
     def _copy_logits(self, batch: Batch) -> list[torch.Tensor | None]:
-        if self._sampling is None or not any(row.return_logits for row in batch.rows):
+        if self._output is None or not any(row.return_logits for row in batch.rows):
             return [None] * len(batch.rows)
-        rows = self._arenas["R"].rows if self._last is None else self._graph_size(len(batch.rows))
-        view, first = self._arenas["R"].view(self._sampling.inputs["logits"], rows), 0
+        arena = self._arenas["T" if self.plan.is_encoder else "R"]
+        rows = arena.rows if self._last is None else self._graph_size(len(batch.rows))
+        view, first = arena.view(self._output, rows), 0
         copies: list[torch.Tensor | None] = []
         for row in batch.rows:
             part = view[first : first + row.num_logits]

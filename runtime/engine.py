@@ -6,7 +6,7 @@ import numbers
 import operator
 import random
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -17,6 +17,7 @@ from dscompile.runtime.executor import Batch, BatchRow, Executor, Pending
 from dscompile.runtime.generate import Request, Result
 from dscompile.runtime.manifest import Manifest
 from dscompile.runtime.plan import Plan
+from dscompile.runtime.pooling import find_pooling, normalized
 from dscompile.runtime.sampler import SamplingParams
 from dscompile.runtime.scheduler import Scheduler
 from dscompile.runtime.sequence import Sequence
@@ -55,6 +56,7 @@ class Engine:
         self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None, **sampling: Any
     ) -> list[Result]:
         """Continue every prompt; results in the prompts' order. `params` may be one for all or one for each."""
+        self._refuse_encoder("generate")
         prompts = _as_list(prompts)
         one_for_all = params is None or isinstance(params, SamplingParams)
         each: list[Any] = [params] * len(prompts) if one_for_all else list(params)  # type: ignore[arg-type]
@@ -71,6 +73,7 @@ class Engine:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Any) -> Iterator[str]:
         """Continue one prompt, text as it comes: whole characters, never a part of a stop string."""
+        self._refuse_encoder("stream")
         if self.tokenizer is None:
             raise UserError("this artifact has no tokenizer, so there is no text to stream; use generate()")
         request = self.add_request(prompt, params, streaming=True, **sampling)
@@ -89,6 +92,7 @@ class Engine:
         """Answer messages [{"role": "user", "content": ...}, ...] through the model's chat template (needs jinja2)."""
         from dscompile.runtime.chat import render_chat
 
+        self._refuse_encoder("chat")
         if self.tokenizer is None:
             raise UserError("this artifact has no tokenizer, so it cannot chat; give generate() token ids")
         tokens = self.tokenizer.encode(render_chat(self.tokenizer, messages), add_special_tokens=False)
@@ -96,16 +100,47 @@ class Engine:
 
     def logits(self, prompts: Seq[Prompt]) -> list[torch.Tensor]:
         """Logits after every token of every prompt: [len, vocab] float32 on the CPU each."""
+        self._refuse_encoder("logits")
+        return self._outputs(prompts, lambda logits: logits)
+
+    def hidden_states(self, prompts: Seq[Prompt]) -> list[torch.Tensor]:
+        """Of an encoder: the last hidden state of every token of every prompt, [len, D] float32 on the CPU each."""
+        self._require_encoder("hidden_states")
+        return self._outputs(prompts, lambda hidden: hidden)
+
+    def embed(
+        self, texts: Prompt | Seq[Prompt], pooling: str | None = None, normalize: bool | None = None
+    ) -> torch.Tensor:
+        """Of an encoder: one vector per text, [n, D] float32 on the CPU. Texts are batched without padding.
+
+        pooling:   "mean", "cls" (the first token's) or "max" over a text's tokens; None: the model's own
+        normalize: whether to scale each vector to length 1; None: as the model's own
+        """
+        self._require_encoder("embed")
+        own = self.manifest
+        pool = find_pooling(pooling or (own.pooling if own else "") or "mean")
+        vectors = self._outputs(texts, pool)
+        found = torch.stack(vectors) if vectors else torch.empty(0, self.plan.output_width)
+        scale = normalize if normalize is not None else bool(own and own.normalize)
+        return normalized(found) if scale else found
+
+    def _outputs(self, prompts: Any, read: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        """What `read` makes of every prompt's rows of output, in order; of a prompt that is done no more is kept."""
         requests: list[Request] = []
+        found: dict[int, torch.Tensor] = {}
         try:
             for prompt in _as_list(prompts):
-                requests.append(
-                    self._add(Sequence(self._id(), self._tokens(prompt), SamplingParams(), wants_logits=True))
-                )
-            self._run(requests)
+                sequence = Sequence(self._id(), self._tokens(prompt), SamplingParams(), wants_logits=True)
+                requests.append(self._add(sequence))
+            mine = {r.sequence.id for r in requests}
+            while len(found) < len(requests):
+                for request in self.step():
+                    if request.sequence.id in mine and request.logits is not None:
+                        found[request.sequence.id] = read(request.logits)
+                        request.logits = None
         finally:
             self._cancel(requests)
-        return [request.logits for request in requests if request.logits is not None]
+        return [found[request.sequence.id] for request in requests]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, special tokens included. Raises UserError if the artifact has no tokenizer."""
@@ -119,6 +154,7 @@ class Engine:
         self, prompt: Prompt, params: SamplingParams | None = None, streaming: bool = False, **sampling: Any
     ) -> Request:
         """Queue a request; it joins at a following `step`. streaming: keep `Request.new_text` up to date."""
+        self._refuse_encoder("add_request")
         params = _sampling(params, sampling)
         tokens = self._tokens(prompt)
         if params.stop and self.tokenizer is None:
@@ -188,7 +224,7 @@ class Engine:
         """Put a piece's logits in their place; a piece recomputed after preemption lands where it was."""
         sequence = row.sequence
         if request.logits is None:
-            request.logits = torch.empty(sequence.num_prompt, self.plan.vocab_size)
+            request.logits = torch.empty(sequence.num_prompt, self.plan.output_width)
         end = row.start + row.num_tokens
         request.logits[row.start : end] = logits
         if end == sequence.num_prompt:
@@ -201,6 +237,14 @@ class Engine:
         mine = set(map(id, requests))
         while left:
             left -= sum(id(r) in mine for r in self.step())
+
+    def _refuse_encoder(self, method: str) -> None:
+        if self.plan.is_encoder:
+            raise UserError(f"this artifact is an encoder, which has no {method}(); use embed()")
+
+    def _require_encoder(self, method: str) -> None:
+        if not self.plan.is_encoder:
+            raise UserError(f"this artifact generates text and is no encoder, so it has no {method}(); use generate()")
 
     def _id(self) -> int:
         self._next_id += 1

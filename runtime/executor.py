@@ -21,7 +21,8 @@ class BatchRow:
 
     tokens: the new token ids, or None: one token, the one sampled for this sequence by the step launched just before,
             which only the device may know yet.
-    num_logits: the last so many of its tokens get a row of logits.
+    num_logits: the last so many of its tokens get a row of logits. An encoder's rows are hidden states instead, and
+                every token gets one.
     sample: choose the token at position start + num_tokens from the last row of logits (num_logits >= 1).
     return_logits: hand the rows back as well.
     """
@@ -76,7 +77,7 @@ class StepResult:
 
     tokens:   the sampled token, -1 where the row does not sample.
     logprobs: its log-probability in the model's own distribution (log_softmax of the raw logits), NaN where not asked.
-    logits:   [num_logits, V] float32 on the CPU where asked, else None.
+    logits:   [num_logits, V] float32 on the CPU where asked, else None; an encoder's hidden states [num_tokens, D].
     """
 
     tokens: list[int]
@@ -116,5 +117,10 @@ class Executor(Protocol):
 
 
 def max_logit_rows(plan: Plan) -> int:
-    """Rows of logits a step may ask for: every sequence's, and as many as fit LOGIT_BYTES of float32."""
+    """Rows of logits a step may ask for: every sequence's, and as many as fit LOGIT_BYTES of float32.
+
+    An encoder's hidden states are there for every token.
+    """
+    if plan.is_encoder:
+        return plan.max_step_tokens
     return max(plan.max_batch, min(plan.max_step_tokens, LOGIT_BYTES // (4 * plan.vocab_size)))

@@ -11,6 +11,7 @@ from dscompile.runtime.errors import UserError
 from dscompile.runtime.plan import KVGroup, Plan
 
 NULL_BLOCK = 0
+ENCODER_STEPS = 2  # one that runs, one that is launched behind it
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -60,10 +61,13 @@ def size_pools(plan: Plan, free_bytes: int, max_kv_tokens: int | None = None) ->
     """Blocks for each group's pool, the null block included.
 
     Every group holds the same number of tokens: max_kv_tokens if given, else what free_bytes hold, and never more
-    than max_batch sequences of max_seq_len. Raises UserError if one sequence of one page does not fit.
+    than max_batch sequences of max_seq_len. An encoder's pool holds the sequences of the steps in flight, and nothing
+    after them. Raises UserError if one sequence of one page does not fit.
     """
     if not plan.kv_groups:
         return []
+    if plan.is_encoder:
+        return [_step_blocks(plan) * ENCODER_STEPS + 1] * len(plan.kv_groups)
     most = blocks_for(plan, plan.max_seq_len) * plan.max_batch
     per_block = sum(block_bytes(g, plan.page_size) for g in plan.kv_groups)
     if max_kv_tokens is not None:
@@ -79,6 +83,11 @@ def size_pools(plan: Plan, free_bytes: int, max_kv_tokens: int | None = None) ->
             "lower max_kv_tokens or free memory"
         )
     return [blocks + 1] * len(plan.kv_groups)
+
+
+def _step_blocks(plan: Plan) -> int:
+    """Blocks that the sequences of one step fill at most, each ending in a block of its own."""
+    return blocks_for(plan, plan.max_step_tokens) + plan.max_batch
 
 
 class BlockAllocator:

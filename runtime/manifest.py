@@ -35,6 +35,8 @@ class Manifest:
     targets:       GPU architectures that it holds kernels for ("sm_90"); empty for the CPU alone.
     weights:       "stored", or "dummy": made at load from `seed`.
     eos_token_ids: tokens that end a sequence, from the model's generation_config.json, else its config.json.
+    pooling:       of an encoder: how its texts' embeddings are made of hidden states unless a call says otherwise;
+                   normalize: whether they are scaled to length 1.
     files:         every file but the manifest, by its path inside the artifact.
     """
 
@@ -55,6 +57,8 @@ class Manifest:
     weights: Literal["stored", "dummy"] = "stored"
     seed: int = 0
     eos_token_ids: tuple[int, ...] = ()
+    pooling: Literal["", "mean", "cls", "max"] = ""
+    normalize: bool = False
     tool_versions: dict[str, str] = field(default_factory=dict)
     op_revisions: dict[str, int] = field(default_factory=lambda: dict(OP_REVISIONS))
     files: dict[str, FileEntry] = field(default_factory=dict)
@@ -66,6 +70,8 @@ class Manifest:
         del facts["files"], facts["op_revisions"]
         if self.weights == "stored":
             del facts["seed"]
+        if not self.pooling:
+            del facts["pooling"], facts["normalize"]
         return facts
 
 

@@ -37,13 +37,13 @@ def bind(
 ) -> Run:
     """Prepare one step. All tensors are keyed by the roles of the spec; outputs may be column ranges of wider buffers.
 
-    pool: that of the spec's KV group, for Attention. packed: faster layouts of weights, shared between bindings.
+    pool: that of the spec's KV group, for Attention; None: whole sequences, no cache.
+    packed: faster layouts of weights, shared between bindings.
     """
     match spec:
         case Linear():
             return bind_linear(spec, inputs, outputs, weights, packed)
         case Attention():
-            assert pool is not None, "attention needs the pool of its group"
             return bind_attention(spec, inputs, outputs, weights, pool)
         case Moe():
             return bind_moe(spec, inputs, outputs, weights)

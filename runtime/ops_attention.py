@@ -15,7 +15,7 @@ from dscompile.runtime.executor import StepInputs
 from dscompile.runtime.kv_cache import KVPool
 from dscompile.runtime.ops_linear import join_columns
 from dscompile.runtime.ops_norm import bind_norm, compute_dtype
-from dscompile.runtime.ops_paged import Keys, LayerCache, key_ranges
+from dscompile.runtime.ops_paged import Keys, LayerCache, key_ranges, whole_sequences
 from dscompile.runtime.plan import Attention
 
 Tensors = dict[str, torch.Tensor]
@@ -26,12 +26,11 @@ NEVER = float("-inf")
 
 
 def bind_attention(
-    spec: Attention, inputs: Tensors, outputs: Tensors, weights: Tensors, pool: KVPool
+    spec: Attention, inputs: Tensors, outputs: Tensors, weights: Tensors, pool: KVPool | None
 ) -> Callable[[StepInputs], None]:
-    """Prepare the step. Roles as in plan.Attention; `pool` is that of spec.group."""
+    """Prepare the step. Roles as in plan.Attention; `pool` is that of spec.group, None for whole sequences."""
     dtype = compute_dtype(inputs["q"])
     prepare = _bind_prepare(spec, inputs, weights, dtype)
-    layer = LayerCache(pool, spec.group, spec.index, dtype)
     attend = _Attend(spec, weights, dtype)
     y = outputs["y"]
     y_heads = y.view(-1, spec.num_heads, spec.v_head_dim)
@@ -39,6 +38,9 @@ def bind_attention(
     if y.is_contiguous() and y.dtype == dtype:
         y_groups = y.view(-1, spec.num_heads // spec.num_kv_heads, spec.v_head_dim)
     v = inputs["v"].view(-1, spec.num_kv_heads, spec.v_head_dim)
+    if pool is None:
+        return _bind_whole(prepare, v, attend, y_heads)
+    layer = LayerCache(pool, spec.group, spec.index, dtype)
 
     def run(step: StepInputs) -> None:
         q, k = prepare(step)
@@ -49,6 +51,18 @@ def bind_attention(
                 attend.decode(q, k_found, v_found, keys, y_heads, y_groups)
             else:
                 attend.prefill(q[keys.queries], k_found, v_found, keys, y_heads[keys.queries])
+
+    return run
+
+
+def _bind_whole(prepare: Prepare, v: torch.Tensor, attend: _Attend, y: torch.Tensor) -> Callable[[StepInputs], None]:
+    """Attention without a cache: each sequence's keys are those of this step. v [T, Hkv, Dv], y [T, H, Dv]."""
+
+    def run(step: StepInputs) -> None:
+        q, k = prepare(step)
+        for keys in whole_sequences(step):
+            rows = keys.queries
+            attend.prefill(q[rows], k[rows].transpose(0, 1), v[rows].to(q.dtype).transpose(0, 1), keys, y[rows])
 
     return run
 
@@ -146,7 +160,7 @@ class _Attend:
         if keys.square and not spec.alibi and not spec.softcap and self.sinks is None:
             k, v = k[None, :, : keys.length], v[None, :, : keys.length]
             out = F.scaled_dot_product_attention(
-                q.transpose(0, 1)[None], k, v, is_causal=True, scale=spec.scale, enable_gqa=self.group > 1
+                q.transpose(0, 1)[None], k, v, is_causal=spec.causal, scale=spec.scale, enable_gqa=self.group > 1
             )
             y.copy_(out[0].transpose(0, 1))
             return

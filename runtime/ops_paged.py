@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,7 @@ class Keys:
     rows: of the layer's row matrix, K's first `num_k_rows`, then V's.
     length: keys that belong to the longest sequence; what follows up to S is the rest of its last page.
     positions [1, 1, S] of the keys, q_positions [num, L, 1]; hidden [num, L, S] bool, or None if all is visible.
-    square: one sequence from its beginning, causal and nothing else.
+    square: one sequence from its beginning, causal and nothing else; or all of it, and nothing is hidden.
     cache: what layers derive from these.
     """
 
@@ -123,6 +124,20 @@ def key_ranges(step: StepInputs, spec: Attention, pool: KVPool) -> list[Keys]:
             parts = [(i, i + 1) for i in range(num) if starts[i + 1] > starts[i]]
         found = step.cache[key] = [_make_keys(step, spec, pool, a, b) for a, b in parts]
     return found
+
+
+def whole_sequences(step: StepInputs) -> list[Keys]:
+    """The sequences of a step one by one, each all there and all visible; their keys lie in no cache."""
+    key = "whole sequences"
+    if key not in step.cache:
+        step.cache[key] = [_whole(first, stop) for first, stop in pairwise(step.starts)]
+    return step.cache[key]
+
+
+def _whole(first: int, stop: int) -> Keys:
+    positions, nowhere = torch.arange(stop - first), torch.empty(0, dtype=torch.int64)
+    keys, queries = positions[None, None], positions[None, :, None]
+    return Keys(slice(first, stop), 1, nowhere, 0, stop - first, keys, queries, None, True)
 
 
 def _make_keys(step: StepInputs, spec: Attention, pool: KVPool, first: int, last: int) -> Keys:

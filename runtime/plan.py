@@ -129,7 +129,8 @@ class Attention:
     weights: rope_cos, rope_sin [max_seq_len, rotary_dim / 2] float32 if rotary_dim; alibi_slopes [num_heads] float32;
              sinks [num_heads] float32; q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias
     out:     y [T, num_heads * v_head_dim]
-    group, index: the KV group, and this layer's place in the group's blocks.
+    group, index: the KV group, and this layer's place in the group's blocks. A layer that is not causal sees keys of
+    its own step only, so all such layers share the first place.
     """
 
     num_heads: int
@@ -390,7 +391,10 @@ class Weight:
 
 @dataclass(frozen=True)
 class Plan:
-    """A model, compiled. `limits` bound what a step may ask for; `page_size` is the tokens of a KV block."""
+    """A model, compiled. `limits` bound what a step may ask for; `page_size` is the tokens of a KV block.
+
+    hidden: of an encoder, which has no sample step: the last hidden states [T, D], its output.
+    """
 
     vocab_size: int
     max_seq_len: int
@@ -403,3 +407,15 @@ class Plan:
     kv_groups: tuple[KVGroup, ...]
     programs: dict[str, Program] = field(default_factory=dict)
     kernels: dict[str, Kernel] = field(default_factory=dict)
+    hidden: Ref | None = None
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether tokens see the whole of their sequence, so that a step computes whole sequences and nothing is
+        kept for the next."""
+        return self.hidden is not None
+
+    @property
+    def output_width(self) -> int:
+        """Columns of what a step returns for a token: the vocabulary, or an encoder's hidden state."""
+        return self.vocab_size if self.hidden is None else self.hidden.stop - self.hidden.start

@@ -8,7 +8,21 @@ from dscompile.runtime.errors import UserError
 from dscompile.runtime.kv_cache import dtype_of
 from dscompile.runtime.manifest import Manifest
 from dscompile.runtime.ops_aten import resolve
-from dscompile.runtime.plan import Aten, Attention, Embed, Launch, Linear, Moe, Norm, Plan, RowNorm, Sample, Spec, Step
+from dscompile.runtime.plan import (
+    Aten,
+    Attention,
+    Embed,
+    Launch,
+    Linear,
+    Moe,
+    Norm,
+    Plan,
+    Ref,
+    RowNorm,
+    Sample,
+    Spec,
+    Step,
+)
 
 ROWS = ("T", "R")
 STEP_PROGRAMS = "step."
@@ -56,11 +70,29 @@ def _check_limits(plan: Plan) -> None:
     for name in ("vocab_size", "max_seq_len", "max_batch", "max_step_tokens", "page_size"):
         _need(getattr(plan, name) > 0, f"{name} must be positive")
     _need(plan.max_step_tokens >= plan.max_batch, "max_step_tokens is less than max_batch")
-    _need(sum(isinstance(s.spec, Sample) for s in plan.steps) == 1, "there must be exactly one sample step")
+    samples = sum(isinstance(s.spec, Sample) for s in plan.steps)
+    if plan.hidden is None:
+        _need(samples == 1, "there must be exactly one sample step")
+    else:
+        _check_encoder(plan, plan.hidden, samples)
     for group in plan.kv_groups:
         _dtype(group.dtype)
         sizes = (group.num_layers, group.num_kv_heads, group.head_dim, group.v_head_dim)
         _need(min(sizes) > 0, "a KV group has no size")
+
+
+def _check_encoder(plan: Plan, hidden: Ref, samples: int) -> None:
+    buffer = plan.buffers.get(hidden.buffer)
+    _need(not samples, "an encoder has no sample step")
+    _need(buffer is not None and buffer.rows == "T", f"hidden is {hidden.buffer!r}, which is no buffer of rows T")
+    assert buffer is not None
+    _need(0 <= hidden.start < hidden.stop <= buffer.cols, "hidden has columns that its buffer lacks")
+    _need(plan.max_step_tokens >= plan.max_seq_len, "max_step_tokens is less than an encoder's longest sequence")
+    _need(not any(_is_causal(s.spec) for s in plan.steps), "an encoder's attention is not causal")
+
+
+def _is_causal(spec: Spec) -> bool:
+    return isinstance(spec, Attention) and spec.causal
 
 
 def _check_step(plan: Plan, step: Step) -> None:

@@ -92,7 +92,10 @@ class Scheduler:
         if sequence.num_in_flight or start > known:
             return None  # its last token must be read first
         count = min(known - start, max_tokens, max_logits if sequence.wants_logits else max_tokens)
-        if max_logits < 1 or not self._reserve(sequence, start + 1, may_preempt):
+        if self.plan.is_encoder and count < known:
+            return None  # its tokens see each other, so all of them are in one step
+        first = known if self.plan.is_encoder else start + 1
+        if max_logits < 1 or not self._reserve(sequence, first, may_preempt):
             return None
         count = min(count, self.tables.room(sequence.blocks) - start)
         self.tables.allocate(sequence.blocks, start + count)

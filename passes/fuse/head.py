@@ -12,7 +12,7 @@ from dscompile.passes.rule import Log, Rule, apply_rule
 
 
 def _pattern(graph: ModelGraph, node: fx.Node) -> fx.Node | None:
-    is_head = node.target is fused_linear and any(u.op == "output" for u in node.users)
+    is_head = node.target is fused_linear and not graph.is_encoder and any(u.op == "output" for u in node.users)
     return node if is_head and node.args[3].rows == "T" else None
 
 

@@ -21,7 +21,20 @@ from dscompile.passes.lower.placement import Placement
 from dscompile.passes.lower.weights import WeightTable
 from dscompile.passes.recipe import Recipe
 from dscompile.runtime.errors import UserError
-from dscompile.runtime.plan import Aten, Attention, KVGroup, Linear, Plan, Program, Ref, RowNorm, Sample, Spec, Step
+from dscompile.runtime.plan import (
+    Aten,
+    Attention,
+    Embed,
+    KVGroup,
+    Linear,
+    Plan,
+    Program,
+    Ref,
+    RowNorm,
+    Sample,
+    Spec,
+    Step,
+)
 
 VIEWS = {operator.getitem, vocabulary.columns}
 ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -84,9 +97,8 @@ def lower(
         lowering.visit(node)
     steps = tuple(lowering.steps)
     classes = _layer_classes(steps)
-    logits = steps[-1].inputs["logits"]
     plan = Plan(
-        vocab_size=logits.stop - logits.start,
+        vocab_size=lowering.vocab_size(),
         max_seq_len=limits.max_seq_len,
         max_batch=limits.max_batch,
         max_step_tokens=limits.max_step_tokens,
@@ -95,6 +107,7 @@ def lower(
         buffers=assign_offsets(steps, lowering.placement.buffers),
         weights=lowering.weights.weights,
         kv_groups=tuple(lowering.groups),
+        hidden=lowering.hidden,
     )
     lowered = Lowered(plan, lowering.weights.recipes, (), lowering.regions, classes)
     return _with_kernels(lowered, targets, model, measured) if targets else lowered
@@ -109,10 +122,21 @@ class _Lowering:
         self.steps: list[Step] = []
         self.regions: list[RegionRecord] = []
         self.groups: list[KVGroup] = []
+        self.hidden: Ref | None = None
         self._activations: dict[fx.Node, bool] = {}
 
+    def vocab_size(self) -> int:
+        """Logits of a token; an encoder has none, and as many tokens as rows in its table."""
+        if self.hidden is None:
+            logits = self.steps[-1].inputs["logits"]
+            return logits.stop - logits.start
+        table = next(s.weights["table"] for s in self.steps if isinstance(s.spec, Embed))
+        return self.weights.weights[table].shape[0]
+
     def visit(self, node: fx.Node) -> None:
-        if node.op == "output":
+        if node.op == "output" and self.graph.is_encoder:
+            self.hidden = self.placement.ref(node.args[0])
+        elif node.op == "output":
             self._sample(node)
         elif node.op != "call_function" or node.target in VIEWS or not isinstance(node.meta["val"], Tensor | tuple):
             return
@@ -153,8 +177,10 @@ class _Lowering:
         if not same:
             self.groups.append(KVGroup(0, *shape))
         group = self.groups[number]
-        spec = dataclasses.replace(spec, group=number, index=group.num_layers)
-        self.groups[number] = dataclasses.replace(group, num_layers=group.num_layers + 1)
+        # Layers that see only their own step's keys write them over those of the layer before.
+        index = group.num_layers if spec.causal else 0
+        spec = dataclasses.replace(spec, group=number, index=index)
+        self.groups[number] = dataclasses.replace(group, num_layers=index + 1)
         inputs = {role: self.placement.ref(x) for role, x in (("q", q), ("k", k), ("v", v))}
         self._step(node, spec, inputs, weights)
 

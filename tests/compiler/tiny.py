@@ -156,6 +156,42 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "ctrl": ("CTRLConfig", {**_GPT2, "dff": 128}),
 }
 
+_ENCODER = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+_ROBERTA = {**_ENCODER, "pad_token_id": 1, "max_position_embeddings": 66}
+
+# Configuration, arguments, and the class that saves the checkpoint: with a head over the encoder, or without.
+ENCODERS: dict[str, tuple[str, dict, str]] = {
+    "bert": ("BertConfig", _ENCODER, "BertModel"),
+    "bert_masked_lm": ("BertConfig", _ENCODER, "BertForMaskedLM"),
+    "distilbert": (
+        "DistilBertConfig",
+        {
+            "vocab_size": 128,
+            "dim": 64,
+            "n_layers": 2,
+            "n_heads": 4,
+            "hidden_dim": 128,
+            "max_position_embeddings": 64,
+            "pad_token_id": 0,
+        },
+        "DistilBertModel",
+    ),
+    "roberta": ("RobertaConfig", _ROBERTA, "RobertaForMaskedLM"),
+    "xlm_roberta": ("XLMRobertaConfig", _ROBERTA, "XLMRobertaModel"),
+    "electra": ("ElectraConfig", {**_ENCODER, "embedding_size": 32}, "ElectraForPreTraining"),
+    "albert": ("AlbertConfig", {**_ENCODER, "embedding_size": 32}, "AlbertModel"),
+    "roberta_prelayernorm": ("RobertaPreLayerNormConfig", _ROBERTA, "RobertaPreLayerNormModel"),
+    "nomic_bert": ("NomicBertConfig", _ENCODER, "NomicBertModel"),
+}
+
 RECURRENT: dict[str, tuple[str, dict]] = {
     "mamba": (
         "MambaConfig",
@@ -226,6 +262,10 @@ def make_model(name: str, seed: int = 0) -> nn.Module:
     model = transformers.AutoModelForCausalLM.from_config(
         make_config(CONFIGS[name]), attn_implementation=attention, dtype=torch.float32
     )
+    return _randomized(model, seed)
+
+
+def _randomized(model: nn.Module, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -235,6 +275,15 @@ def make_model(name: str, seed: int = 0) -> nn.Module:
             else:
                 parameter.copy_(noise * 0.15)
     return model.eval()
+
+
+def save_encoder(name: str, directory: Path, seed: int = 0) -> nn.Module:
+    """Write a tiny encoder, with the head of its class if it has one, as transformers would."""
+    *spec, class_name = ENCODERS[name]
+    model = _randomized(getattr(transformers, class_name)(make_config((spec[0], spec[1]))), seed)
+    with quiet():
+        model.save_pretrained(directory)
+    return model
 
 
 def save_model(

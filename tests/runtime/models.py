@@ -90,6 +90,25 @@ def make_model(seed: int = 0, **options) -> Model:
     return Model(shape, plan, weights)
 
 
+def make_encoder(**options) -> Model:
+    """A model that sees whole sequences and ends in the row that its layers leave."""
+    model = make_model(causal=False, **options)
+    steps = tuple(
+        dataclasses.replace(s, spec=dataclasses.replace(s.spec, index=0)) if isinstance(s.spec, Attention) else s
+        for s in model.plan.steps[:-2]
+    )
+    used = {name for s in steps for name in s.weights.values()}
+    plan = dataclasses.replace(
+        model.plan,
+        steps=steps,
+        hidden=Ref("h", 0, model.shape.hidden),
+        buffers={name: b for name, b in model.plan.buffers.items() if b.rows == "T"},
+        weights={name: w for name, w in model.plan.weights.items() if name in used},
+        kv_groups=tuple(dataclasses.replace(g, num_layers=1) for g in model.plan.kv_groups),
+    )
+    return dataclasses.replace(model, plan=plan, weights={n: w for n, w in model.weights.items() if n in used})
+
+
 class _Builder:
     def __init__(self, shape: Shape, normal, weights) -> None:
         self.s, self.normal, self.weights = shape, normal, weights
@@ -212,6 +231,12 @@ class _Builder:
 
 def oracle(model: Model, tokens: list[int]) -> torch.Tensor:
     """Logits [len, V] float64 of one sequence, by dense formulas that share no code with the runtime."""
+    w = {name: value.double() for name, value in model.weights.items()}
+    return _affine(_norm(hidden_oracle(model, tokens), w, "final", model.shape), w, "head")
+
+
+def hidden_oracle(model: Model, tokens: list[int]) -> torch.Tensor:
+    """The row [len, D] float64 that the layers leave."""
     s = model.shape
     w = {name: value.double() for name, value in model.weights.items()}
     h = w["embed"][tokens]
@@ -226,7 +251,7 @@ def oracle(model: Model, tokens: list[int]) -> torch.Tensor:
             gate, value = up.chunk(2, -1)
             mid = gate / (1 + torch.exp(-gate)) * value
         h = h + _affine(mid, w, f"{p}.down")
-    return _affine(_norm(h, w, "final", s), w, "head")
+    return h
 
 
 def _affine(x: torch.Tensor, w: dict[str, torch.Tensor], name: str) -> torch.Tensor:

@@ -17,7 +17,7 @@ from dscompile.runtime.engine import Engine
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.plan import Aten, Plan, Ref, Sample, Step
 from tests.helpers import rms_ratio
-from tests.runtime.models import Model, make_model
+from tests.runtime.models import Model, make_encoder, make_model
 from tests.runtime_cuda.simulated import TARGET, SimulatedDevice, write_kernels
 
 PROMPTS = [[5, 7, 9, 1, 2, 30, 4], [11], [3, 3, 8, 20, 36]]
@@ -157,6 +157,18 @@ def test_a_step_outside_the_vocabulary_is_executed_by_torch(llama, tmp_path):
     engine, _ = simulated(model, tmp_path)
     actual = engine.generate(PROMPTS, **options)
     assert [r.tokens for r in actual] == [r.tokens for r in expected] != [r.tokens for r in plain]
+
+
+def test_hidden_states_are_those_of_the_cpu(tmp_path):
+    """An encoder, its layers sharing one place in the cache; one token alone takes the kernel for decoding."""
+    shape = {"hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 16, "v_head_dim": 16, "rotary_dim": 16, "inner": 32}
+    model = make_encoder(**shape)
+    engine, _ = simulated(model, tmp_path)
+    for texts in (PROMPTS, [[11], [12]]):
+        expected = Engine(CpuExecutor(model.plan, model.weights)).hidden_states(texts)
+        for a, b in zip(engine.hidden_states(texts), expected, strict=True):
+            assert rms_ratio(a, b) < 1e-5
+    assert [a.num_used for a in engine.scheduler.tables.allocators] == [0]
 
 
 def test_a_gpu_without_memory_is_refused(llama, tmp_path):
