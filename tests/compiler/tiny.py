@@ -187,7 +187,6 @@ ENCODERS: dict[str, tuple[str, dict, str]] = {
     "roberta": ("RobertaConfig", _ROBERTA, "RobertaForMaskedLM"),
     "xlm_roberta": ("XLMRobertaConfig", _ROBERTA, "XLMRobertaModel"),
     "electra": ("ElectraConfig", {**_ENCODER, "embedding_size": 32}, "ElectraForPreTraining"),
-    "albert": ("AlbertConfig", {**_ENCODER, "embedding_size": 32}, "AlbertModel"),
     "roberta_prelayernorm": ("RobertaPreLayerNormConfig", _ROBERTA, "RobertaPreLayerNormModel"),
     "nomic_bert": ("NomicBertConfig", _ENCODER, "NomicBertModel"),
 }
