@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dscompile.codegen.aot import compile_kernels
+from dscompile.compiler.calibration import read_calibration
 from dscompile.compiler.checkpoint import Checkpoint
 from dscompile.compiler.config import CompileConfig, parse_config, resolve_dtype, resolve_limits
 from dscompile.compiler.encoders import first_position, is_encoder
@@ -25,7 +26,7 @@ from dscompile.compiler.twin import write_twin
 from dscompile.compiler.verify import check, verify_artifact
 from dscompile.compiler.verify_quantized import with_quantized
 from dscompile.compiler.weights import write_weights
-from dscompile.passes.lower.lower import Lowered, lower
+from dscompile.passes.lower.lower import Limits, Lowered, lower
 from dscompile.passes.pipeline import PIPELINE, quantizing
 from dscompile.passes.runner import run_pipeline
 from dscompile.runtime.artifact import atomic_directory, check_output, write_json, write_manifest, write_plan
@@ -64,7 +65,7 @@ def _compile(source: ModelSource, config: CompileConfig, directory: Path, progre
     dtype = resolve_dtype(config, checkpoint.dtype if checkpoint else source.dtype())
     progress.finish()
 
-    quantizer = None if config.quant == "none" else Quantizer(config)
+    quantizer = _quantizer(source, config, checkpoint, limits, progress)
     pipeline = quantizing(quantizer.passes()) if quantizer else PIPELINE
     progress.start("passes", sum(len(phase.passes) for phase in pipeline), "passes")
     records = run_pipeline(graph, pipeline, config.dump_ir, lambda name: progress.advance())
@@ -86,6 +87,10 @@ def _compile(source: ModelSource, config: CompileConfig, directory: Path, progre
         if quantizer and checkpoint and config.verify:
             twin = stack.enter_context(write_twin(directory, lowered, graph.constants, checkpoint, manifest))
         verification = _verify(source, config, directory, report, num_params, progress, twin)
+        if quantizer and twin:
+            progress.start("accuracy")
+            report = dataclasses.replace(report, quantization=report.quantization | quantizer.gate(directory, twin))
+            progress.finish()
     report = dataclasses.replace(report, verification=verification)
     if config.targets and config.verify:
         report = measure_regions(report, directory)
@@ -101,6 +106,16 @@ def _model_limit(source: ModelSource) -> int | None:
     if limit is None or not is_encoder(source.config):
         return limit
     return limit - first_position(build_on_meta(source.config))
+
+
+def _quantizer(
+    source: ModelSource, config: CompileConfig, checkpoint: Checkpoint | None, limits: Limits, progress: Progress
+) -> Quantizer | None:
+    if config.quant == "none":
+        return None
+    if checkpoint is None:
+        return Quantizer(config, None, None, progress)
+    return Quantizer(config, read_calibration(config.calibrate, source, limits.max_seq_len), checkpoint.read, progress)
 
 
 def _write_kernels(directory: Path, lowered: Lowered, plan: Plan, targets: tuple[str, ...], progress: Progress) -> Plan:

@@ -1,26 +1,112 @@
-"""What --quant adds to a compilation: its passes, its section of the report, its gate."""
+"""What --quant adds to a compilation: its passes, its section of the report, its accuracy gate."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from dscompile.compiler.calibration import CalibrationText
 from dscompile.compiler.config import CompileConfig
+from dscompile.compiler.progress import Progress
+from dscompile.passes.graph import ModelGraph
+from dscompile.passes.quantize.calibrate import Trial, calibrate
 from dscompile.passes.quantize.choose import choose_linears
 from dscompile.passes.quantize.schemes import SCHEMES
+from dscompile.passes.quantize.sites import Site
+from dscompile.passes.quantize.smooth import LinearError, smooth_linears
 from dscompile.passes.runner import Pass
+from dscompile.runtime import load
+from dscompile.runtime.errors import UserError
+from dscompile.runtime.perplexity import perplexity
+
+BATCH = 4
+NAMED = 3
 
 
 class Quantizer:
-    """The quantization that a configuration asks for."""
+    """The quantization that a configuration asks for.
 
-    def __init__(self, config: CompileConfig) -> None:
+    text, read: what to calibrate on, and the checkpoint's tensors by name; None for dummy weights, which are only
+                rounded
+    """
+
+    def __init__(
+        self,
+        config: CompileConfig,
+        text: CalibrationText | None,
+        read: Callable[[str], Tensor] | None,
+        progress: Progress,
+    ) -> None:
         self.config = config
         self.scheme = SCHEMES[config.quant]
+        self.text = text
+        self.errors: list[LinearError] = []
+        self._read = read
+        self._progress = progress
 
     def passes(self) -> tuple[Pass, ...]:
         """The phase `quantize`."""
-        return (choose_linears(self.scheme.spec, self.config.quant_lm_head),)
+        choose = choose_linears(self.scheme.spec, self.config.quant_lm_head)
+        return (choose, smooth_linears(self._calibrate, self.errors)) if self.text else (choose,)
+
+    def _calibrate(self, graph: ModelGraph, sites: Sequence[Site]) -> list[list[Trial]]:
+        assert self.text is not None and self._read is not None, "the pass runs only where there is a text"
+        self._progress.finish()
+        self._progress.start("calibration", len(sites), "inputs")
+        trials = calibrate(graph, sites, self.text.windows, self._read, self.scheme, self._progress.advance)
+        self._progress.finish()
+        self._progress.start("fusion")
+        return trials
 
     def report(self) -> dict[str, Any]:
-        """The report's section."""
-        return {"scheme": self.config.quant}
+        """The report's section: scheme, text, and each linear's error, the worst first."""
+        facts: dict[str, Any] = {"scheme": self.config.quant}
+        if self.text is None:
+            return facts | {"calibration": "none: the weights are dummies"}
+        worst = sorted(self.errors, key=lambda e: e.sqnr_db)
+        linears = [{"weight": e.weight, "sqnr_db": round(e.sqnr_db, 2), "exponent": e.exponent} for e in worst]
+        return facts | {
+            "calibration": self.text.name,
+            "windows": len(self.text.windows),
+            "window": len(self.text.windows[0]),
+            "linears": linears,
+        }
+
+    def gate(self, artifact: Path, twin: Path) -> dict[str, Any]:
+        """Perplexity of the held-out text with and without quantization, for the report.
+
+        Raises UserError where it grows by more than the budget, naming the linears of the largest errors.
+        """
+        if self.text is None or not self.text.held_out:
+            return {"perplexity": "not measured: there is no text"}
+        before, after = (_perplexity(a, self.text.held_out) for a in (twin, artifact))
+        percent = 100 * (after / before - 1)
+        budget = self.config.max_perplexity_increase
+        if not percent <= budget:
+            worst = sorted(self.errors, key=lambda e: e.sqnr_db)[:NAMED]
+            names = ", ".join(f"{e.weight} ({e.sqnr_db:.0f} dB)" for e in worst)
+            raise UserError(
+                f"--quant {self.config.quant} raises perplexity by {percent:.2f} %, more than the {budget:g} % of "
+                f"max_perplexity_increase; the linears with the largest errors are {names}"
+            )
+        return {
+            "held_out_windows": len(self.text.held_out),
+            "perplexity_before": round(before, 4),
+            "perplexity_after": round(after, 4),
+            "increase_percent": round(percent, 3),
+            "max_increase_percent": budget,
+        }
+
+
+def _perplexity(artifact: Path, windows: list[list[int]]) -> float:
+    length = len(windows[0])
+    engine = load(artifact, max_kv_tokens=2 * BATCH * (length + 64))
+    tokens = [token for window in windows for token in window]
+    found = perplexity(engine, tokens, length, len(windows), batch=min(BATCH, engine.plan.max_batch))
+    del engine
+    gc.collect()
+    return float(found["perplexity"])

@@ -11,7 +11,7 @@ from string import Template
 
 from dscompile.runtime.report import LayerClass, Node, Region, Report, Verification
 from dscompile.runtime.report_flow import Edge, Kernel, flow
-from dscompile.runtime.report_text import class_title, format_bytes, launches_by_range, verification_line
+from dscompile.runtime.report_text import class_title, format_bytes, launches_by_range, quantization_facts, verification_line
 
 DASH = "\u2013"
 ANCHORS = frozenset({"linear", "attention", "moe", "embedding", "embed", "sample"})
@@ -291,5 +291,11 @@ def _verification(verification: Verification) -> str:
 def _quantization(report: Report) -> str:
     if not report.quantization:
         return ""
-    rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in report.quantization.items())
-    return f'<section><h2>Quantization</h2><dl class="facts">{rows}</dl></section>'
+    facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in quantization_facts(report))
+    linears = "".join(
+        f"<tr><td>{escape(e['weight'])}</td><td>{e['sqnr_db']:.1f} dB</td><td>{e['exponent']:.1f}</td></tr>"
+        for e in report.quantization.get("linears", ())
+    )
+    head = "<tr><th>weight</th><th>signal to error</th><th>smoothing exponent</th></tr>"
+    table = f"<table>{head}{linears}</table>" if linears else ""
+    return f'<section><h2>Quantization</h2><dl class="facts">{facts}</dl>{table}</section>'

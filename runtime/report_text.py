@@ -13,6 +13,8 @@ from rich.text import Text
 
 from dscompile.runtime.report import LayerClass, NearMiss, Region, Report, Verification
 
+WORST_LINEARS = 5
+
 
 def print_report(report: Report, console: Console | None = None) -> None:
     """Print the report; where the output is no terminal, in a width that keeps a region on one line."""
@@ -102,8 +104,7 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     yield _fallbacks(report)
     yield _verification(report.verification)
     if report.quantization:
-        facts = ", ".join(f"{key} {value}" for key, value in report.quantization.items())
-        yield Text.assemble(("Quantization ", "bold"), facts)
+        yield _quantization(report)
 
 
 def _heading(report: Report) -> Text:
@@ -182,6 +183,21 @@ def _verification(verification: Verification) -> Group:
         lines.append(Text(f"  {check.name:<{width}}  {check.error:.2e}  limit {check.limit:.2e}  {mark}"))
     if verification.note:
         lines.append(Text(f"  {verification.note}", style="dim"))
+    return Group(*lines)
+
+
+def quantization_facts(report: Report) -> list[tuple[str, str]]:
+    """What the quantization section says besides its table of linears: [("perplexity before", "10.2"), ...]."""
+    return [(key.replace("_", " "), str(value)) for key, value in report.quantization.items() if key != "linears"]
+
+
+def _quantization(report: Report) -> Group:
+    lines = [Text("Quantization", style="bold")]
+    lines += [Text.assemble((f"  {key} ", "dim"), value) for key, value in quantization_facts(report)]
+    worst = report.quantization.get("linears", [])[:WORST_LINEARS]
+    if worst:
+        lines.append(Text("  signal to error of the worst linears", style="dim"))
+    lines += [Text(f"    {e['sqnr_db']:5.1f} dB  exponent {e['exponent']:.1f}  {e['weight']}") for e in worst]
     return Group(*lines)
 
 

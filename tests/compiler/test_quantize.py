@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from dscompile.compiler import compile_model
+from dscompile.compiler.calibration import read_calibration
+from dscompile.compiler.source import find_model
 from dscompile.runtime import load
 from dscompile.runtime.artifact import read_plan, verify_artifact
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.manifest import read_manifest
 from dscompile.runtime.plan import Linear, Quantization
+from dscompile.runtime.report import read_report
 from tests.compiler.tiny import CONFIGS, OPTIONS, make_config, save_model
 
 
@@ -98,3 +103,65 @@ def test_rows_and_columns_of_zeros(tmp_path):
     report = compile_model(tmp_path / "model", tmp_path / "out", quant="int8", **OPTIONS)
     assert report.verification.status == "passed"
     assert load(tmp_path / "out").logits([[1, 2, 3]])[0].isfinite().all()
+
+
+TRAINED = Path(__file__).parents[2] / "examples/models/nano-llama"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text((Path(__file__).parents[2] / "docs/architecture.md").read_text()[:6000])
+    return path
+
+
+def test_the_report_says_what_it_costs(tmp_path, text):
+    report = compile_model(TRAINED, tmp_path / "out", quant="int8", calibrate=text, target="cpu", max_seq_len=128)
+    found = report.quantization
+    assert found["scheme"] == "int8" and found["calibration"] == "text.txt" and found["window"] == 128
+    assert found["increase_percent"] == pytest.approx(
+        100 * (found["perplexity_after"] / found["perplexity_before"] - 1), abs=2e-3
+    )
+    assert found["increase_percent"] < 1.0
+    sqnr = [entry["sqnr_db"] for entry in found["linears"]]
+    assert sqnr == sorted(sqnr) and sqnr[0] > 20 and len(sqnr) == 7 * report.classes[0].count
+    assert read_report(tmp_path / "out").quantization == found
+
+
+def test_a_budget_that_cannot_be_met_names_linears(tmp_path, text, monkeypatch):
+    before = iter((10.0, 10.5))
+    monkeypatch.setattr("dscompile.compiler.quantize._perplexity", lambda artifact, windows: next(before))
+    with pytest.raises(UserError, match=r"by 5\.00 %, more than the 1 % .*_proj\.weight \(\d+ dB\)"):
+        compile_model(TRAINED, tmp_path / "out", quant="int8", calibrate=text, target="cpu", max_seq_len=128)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b" \n ", "is empty"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
+        (b"a few words", "less than one window of 512"),
+        (None, "cannot be read"),
+    ],
+)
+def test_bad_calibration_files(content, message, tmp_path):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_calibration(path, find_model(TRAINED), 4096)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_needs_a_tokenizer(model, text):
+    with pytest.raises(UserError, match="has no tokenizer"):
+        read_calibration(text, find_model(model), 64)
+    assert read_calibration(None, find_model(model), 64).held_out == []
+
+
+def test_the_built_in_text_is_enough(tmp_path):
+    text = read_calibration(None, find_model(TRAINED), 4096)
+    assert "built-in" in text.name and len(text.windows) >= 8 and text.held_out
+    assert not {tuple(w) for w in text.windows} & {tuple(w) for w in text.held_out}
