@@ -11,7 +11,13 @@ from string import Template
 
 from dscompile.runtime.report import LayerClass, Node, Region, Report, Verification
 from dscompile.runtime.report_flow import Edge, Kernel, flow
-from dscompile.runtime.report_text import class_title, format_bytes, launches_by_range, quantization_facts, verification_line
+from dscompile.runtime.report_text import (
+    class_title,
+    format_bytes,
+    launches_by_range,
+    quantization_facts,
+    verification_line,
+)
 
 DASH = "\u2013"
 ANCHORS = frozenset({"linear", "attention", "moe", "embedding", "embed", "sample"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -119,6 +120,24 @@ def test_page_holds_every_region_node_miss_and_figure() -> None:
         assert all(miss.reason in words for miss in layer_class.near_misses)
     assert report.fallbacks[0].reason in words
     assert all(check.name in words for check in report.verification.checks)
+
+
+QUANTIZATION = {
+    "scheme": "int8",
+    "increase_percent": 0.12,
+    "linears": [{"weight": "layers.0.<b>", "sqnr_db": 31.25, "exponent": 0.5}],
+}
+
+
+def test_quantization_is_shown() -> None:
+    report = dataclasses.replace(full_report(), quantization=QUANTIZATION)
+    stream = io.StringIO()
+    print_report(report, Console(file=stream, width=120))
+    page = Page(render_html(report))
+    for words in (" ".join(stream.getvalue().split()), " ".join(" ".join(page.words).split())):
+        assert "increase percent 0.12" in words
+        assert "layers.0.<b>" in words and "31.2 dB" in words
+    assert page.open == []
 
 
 def test_page_escapes_names() -> None:
