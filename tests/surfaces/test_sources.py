@@ -82,5 +82,5 @@ def test_every_package_and_data_file_is_installed() -> None:
     for package, patterns in config["package-data"].items():
         folder = ROOT / package.removeprefix("dscompile.")
         installed = {path for pattern in patterns for path in folder.glob(pattern)}
-        data = {p for p in folder.rglob("*") if p.is_file() and p.suffix in {".j2", ".html", ".json"}}
+        data = {p for p in folder.rglob("*") if p.is_file() and p.suffix in {".j2", ".html", ".json", ".txt"}}
         assert installed == data
