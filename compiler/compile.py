@@ -30,6 +30,7 @@ from dscompile.passes.lower.lower import Limits, Lowered, lower
 from dscompile.passes.pipeline import PIPELINE, quantizing
 from dscompile.passes.runner import run_pipeline
 from dscompile.runtime.artifact import atomic_directory, check_output, write_json, write_manifest, write_plan
+from dscompile.runtime.errors import UserError
 from dscompile.runtime.plan import Plan
 from dscompile.runtime.report import Report, Verification
 from dscompile.runtime.report_html import write_html
@@ -113,6 +114,8 @@ def _quantizer(
 ) -> Quantizer | None:
     if config.quant == "none":
         return None
+    if is_encoder(source.config):
+        raise UserError(f"{model_name(source)}: encoders are not quantized in this version: leave out quant")
     if checkpoint is None:
         return Quantizer(config, None, None, progress)
     return Quantizer(config, read_calibration(config.calibrate, source, limits.max_seq_len), checkpoint.read, progress)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig
 
 from dscompile.compiler import compile_model
 from dscompile.compiler.calibration import read_calibration
@@ -165,3 +166,11 @@ def test_the_built_in_text_is_enough(tmp_path):
     text = read_calibration(None, find_model(TRAINED), 4096)
     assert "built-in" in text.name and len(text.windows) >= 8 and text.held_out
     assert not {tuple(w) for w in text.windows} & {tuple(w) for w in text.held_out}
+
+
+def test_encoders_are_refused(tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
+    config = BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=64, architectures=["BertModel"])
+    config.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="encoders are not quantized"):
+        compile_model(tmp_path / "model", tmp_path / "out", quant="int8", target="cpu", dummy_weights=True)
