@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 from dscompile.codegen.aot import compile_kernels
+from dscompile.compiler.budget import NONE, BudgetMissed, Kept
 from dscompile.compiler.calibration import read_calibration
 from dscompile.compiler.checkpoint import Checkpoint
 from dscompile.compiler.config import CompileConfig, parse_config, resolve_dtype, resolve_limits
@@ -54,10 +56,25 @@ def compile_model(model: str | Path, out: str | Path, *, progress: Progress | No
     progress = progress or Silent()
     source = find_model(model, config.dummy_weights is None, progress)
     with atomic_directory(out, config.force) as directory:
-        return _compile(source, config, directory, progress)
+        return _compile_within_budget(source, config, directory, progress)
 
 
-def _compile(source: ModelSource, config: CompileConfig, directory: Path, progress: Progress) -> Report:
+def _compile_within_budget(source: ModelSource, config: CompileConfig, directory: Path, progress: Progress) -> Report:
+    """Compile, and where quantization costs more than its budget, again with more linears as they are."""
+    kept = NONE
+    while True:
+        try:
+            return _compile(source, config, directory, progress, kept)
+        except BudgetMissed as missed:
+            progress.finish()
+            kept = missed.keep_more()
+        shutil.rmtree(directory)
+        directory.mkdir()
+
+
+def _compile(
+    source: ModelSource, config: CompileConfig, directory: Path, progress: Progress, kept: Kept = NONE
+) -> Report:
     progress.start("tracing")
     limits = resolve_limits(config, _model_limit(source), is_encoder(source.config))
     graph = trace_model(source.config, limits.max_seq_len)
@@ -66,7 +83,7 @@ def _compile(source: ModelSource, config: CompileConfig, directory: Path, progre
     dtype = resolve_dtype(config, checkpoint.dtype if checkpoint else source.dtype())
     progress.finish()
 
-    quantizer = _quantizer(source, config, checkpoint, limits, progress)
+    quantizer = _quantizer(source, config, checkpoint, limits, progress, kept)
     pipeline = quantizing(quantizer.passes()) if quantizer else PIPELINE
     progress.start("passes", sum(len(phase.passes) for phase in pipeline), "passes")
     records = run_pipeline(graph, pipeline, config.dump_ir, lambda name: progress.advance())
@@ -110,7 +127,12 @@ def _model_limit(source: ModelSource) -> int | None:
 
 
 def _quantizer(
-    source: ModelSource, config: CompileConfig, checkpoint: Checkpoint | None, limits: Limits, progress: Progress
+    source: ModelSource,
+    config: CompileConfig,
+    checkpoint: Checkpoint | None,
+    limits: Limits,
+    progress: Progress,
+    kept: Kept,
 ) -> Quantizer | None:
     if config.quant == "none":
         return None
@@ -118,7 +140,8 @@ def _quantizer(
         raise UserError(f"{model_name(source)}: encoders are not quantized in this version: leave out quant")
     if checkpoint is None:
         return Quantizer(config, None, None, progress)
-    return Quantizer(config, read_calibration(config.calibrate, source, limits.max_seq_len), checkpoint.read, progress)
+    text = read_calibration(config.calibrate, source, limits.max_seq_len)
+    return Quantizer(config, text, checkpoint.read, progress, kept)
 
 
 def _write_kernels(directory: Path, lowered: Lowered, plan: Plan, targets: tuple[str, ...], progress: Progress) -> Plan:

@@ -1,4 +1,4 @@
-"""What --quant adds to a compilation: its passes, its section of the report, its accuracy gate."""
+"""What quantization adds to a compilation: its passes, its section of the report, its accuracy gate."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dscompile.compiler.budget import NONE, BudgetMissed, Kept, worst_first
 from dscompile.compiler.calibration import CalibrationText
 from dscompile.compiler.config import CompileConfig
 from dscompile.compiler.progress import Progress
@@ -20,11 +21,9 @@ from dscompile.passes.quantize.sites import Site
 from dscompile.passes.quantize.smooth import LinearError, smooth_linears
 from dscompile.passes.runner import Pass
 from dscompile.runtime import load
-from dscompile.runtime.errors import UserError
 from dscompile.runtime.perplexity import perplexity
 
 BATCH = 4
-NAMED = 3
 
 
 class Quantizer:
@@ -32,6 +31,7 @@ class Quantizer:
 
     text, read: what to calibrate on, and the checkpoint's tensors by name; None for dummy weights, which are only
                 rounded
+    kept:       linears that stay as they are to meet the accuracy budget
     """
 
     def __init__(
@@ -40,17 +40,19 @@ class Quantizer:
         text: CalibrationText | None,
         read: Callable[[str], Tensor] | None,
         progress: Progress,
+        kept: Kept = NONE,
     ) -> None:
         self.config = config
         self.scheme = SCHEMES[config.quant]
         self.text = text
+        self.kept = kept
         self.errors: list[LinearError] = []
         self._read = read
         self._progress = progress
 
     def passes(self) -> tuple[Pass, ...]:
         """The phase `quantize`."""
-        choose = choose_linears(self.scheme.spec, self.config.quant_lm_head)
+        choose = choose_linears(self.scheme.spec, self.config.quant_lm_head, self.kept.names)
         return (choose, smooth_linears(self._calibrate, self.errors)) if self.text else (choose,)
 
     def _calibrate(self, graph: ModelGraph, sites: Sequence[Site]) -> list[list[Trial]]:
@@ -63,23 +65,28 @@ class Quantizer:
         return trials
 
     def report(self) -> dict[str, Any]:
-        """The report's section: scheme, text, and each linear's error, the worst first."""
+        """The report's section: scheme, text, each linear's error, the worst first, and those kept as they are."""
         facts: dict[str, Any] = {"scheme": self.config.quant}
         if self.text is None:
             return facts | {"calibration": "none: the weights are dummies"}
-        worst = sorted(self.errors, key=lambda e: e.sqnr_db)
-        linears = [{"weight": e.weight, "sqnr_db": round(e.sqnr_db, 2), "exponent": e.exponent} for e in worst]
-        return facts | {
+        facts |= {
             "calibration": self.text.name,
             "windows": len(self.text.windows),
             "window": len(self.text.windows[0]),
-            "linears": linears,
+            "linears": [_facts(e) for e in worst_first(self.errors)],
         }
+        if self.kept.linears:
+            facts["kept"] = [_facts(e) for e in worst_first(self.kept.linears)]
+            facts["kept_because"] = "; ".join(
+                f"perplexity grew by {percent:.2f} % with {number or 'none'} kept"
+                for number, percent in self.kept.rounds
+            )
+        return facts
 
     def gate(self, artifact: Path, twin: Path) -> dict[str, Any]:
         """Perplexity of the held-out text with and without quantization, for the report.
 
-        Raises UserError where it grows by more than the budget, naming the linears of the largest errors.
+        Raises BudgetMissed where it grows by more than the budget.
         """
         if self.text is None or not self.text.held_out:
             return {"perplexity": "not measured: there is no text"}
@@ -87,12 +94,7 @@ class Quantizer:
         percent = 100 * (after / before - 1)
         budget = self.config.max_perplexity_increase
         if not percent <= budget:
-            worst = sorted(self.errors, key=lambda e: e.sqnr_db)[:NAMED]
-            names = ", ".join(f"{e.weight} ({e.sqnr_db:.0f} dB)" for e in worst)
-            raise UserError(
-                f"--quant {self.config.quant} raises perplexity by {percent:.2f} %, more than the {budget:g} % of "
-                f"max_perplexity_increase; the linears with the largest errors are {names}"
-            )
+            raise BudgetMissed(f"--quant {self.config.quant}", percent, budget, self.errors, self.kept)
         return {
             "held_out_windows": len(self.text.held_out),
             "perplexity_before": round(before, 4),
@@ -100,6 +102,10 @@ class Quantizer:
             "increase_percent": round(percent, 3),
             "max_increase_percent": budget,
         }
+
+
+def _facts(error: LinearError) -> dict[str, Any]:
+    return {"weight": error.weight, "sqnr_db": round(error.sqnr_db, 2), "exponent": error.exponent}
 
 
 def _perplexity(artifact: Path, windows: list[list[int]]) -> float:

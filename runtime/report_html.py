@@ -299,9 +299,11 @@ def _quantization(report: Report) -> str:
         return ""
     facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in quantization_facts(report))
     linears = "".join(
-        f"<tr><td>{escape(e['weight'])}</td><td>{e['sqnr_db']:.1f} dB</td><td>{e['exponent']:.1f}</td></tr>"
-        for e in report.quantization.get("linears", ())
+        f"<tr><td>{escape(e['weight'])}</td><td>{e['sqnr_db']:.1f} dB</td><td>{e['exponent']:.1f}</td>"
+        f"<td>{kind}</td></tr>"
+        for key, kind in (("kept", "kept as it is"), ("linears", "quantized"))
+        for e in report.quantization.get(key, ())
     )
-    head = "<tr><th>weight</th><th>signal to error</th><th>smoothing exponent</th></tr>"
+    head = "<tr><th>weight</th><th>signal to error</th><th>smoothing exponent</th><th></th></tr>"
     table = f"<table>{head}{linears}</table>" if linears else ""
     return f'<section><h2>Quantization</h2><dl class="facts">{facts}</dl>{table}</section>'

@@ -187,8 +187,9 @@ def _verification(verification: Verification) -> Group:
 
 
 def quantization_facts(report: Report) -> list[tuple[str, str]]:
-    """What the quantization section says besides its table of linears: [("perplexity before", "10.2"), ...]."""
-    return [(key.replace("_", " "), str(value)) for key, value in report.quantization.items() if key != "linears"]
+    """What the quantization section says besides its tables of linears: [("perplexity before", "10.2"), ...]."""
+    facts = {key: value for key, value in report.quantization.items() if key not in ("linears", "kept")}
+    return [(key.replace("_", " "), str(value)) for key, value in facts.items()]
 
 
 def _quantization(report: Report) -> Group:
@@ -198,6 +199,10 @@ def _quantization(report: Report) -> Group:
     if worst:
         lines.append(Text("  signal to error of the worst linears", style="dim"))
     lines += [Text(f"    {e['sqnr_db']:5.1f} dB  exponent {e['exponent']:.1f}  {e['weight']}") for e in worst]
+    kept = report.quantization.get("kept", ())
+    if kept:
+        lines.append(Text("  kept as they are", style="dim"))
+    lines += [Text(f"    {e['sqnr_db']:5.1f} dB  {e['weight']}") for e in kept]
     return Group(*lines)
 
 

@@ -26,7 +26,7 @@ def choose_linears(
         if any(u.target is vocabulary.moe and u.args[1] is node for u in node.users):
             return "a router's logits decide which experts run"
         if node.args[1].meta["weight"] in keep:
-            return "kept for its error"
+            return "kept as it is to meet the accuracy budget"
         return None
 
     def rewrite(graph: ModelGraph, node: fx.Node) -> None:

@@ -23,9 +23,14 @@ WORTH = 0.02
 
 @dataclass(frozen=True)
 class LinearError:
-    """A quantized linear on the calibration text. sqnr_db: power of its output over that of the error."""
+    """A quantized linear on the calibration text.
+
+    x: the name of what it reads, the same for linears that share it
+    sqnr_db: power of its output over that of the error
+    """
 
     weight: str
+    x: str
     exponent: float
     sqnr_db: float
 
@@ -42,7 +47,7 @@ def smooth_linears(
         for site, tried in zip(sites, trials, strict=True):
             chosen = next(t for t in tried if t.exponent == exponents[site.layer_class])
             errors.extend(
-                LinearError(n.args[1].meta["weight"], chosen.exponent, 10 * math.log10(max(ratio, 1e-30)))
+                LinearError(n.args[1].meta["weight"], site.x.name, chosen.exponent, 10 * math.log10(max(ratio, 1e-30)))
                 for n, ratio in zip(site.linears, chosen.sqnr, strict=True)
             )
         for site, tried in zip(sites, trials, strict=True):

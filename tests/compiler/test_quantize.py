@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
 from dscompile.compiler import compile_model
+from dscompile.compiler.budget import BudgetMissed, Kept
 from dscompile.compiler.calibration import read_calibration
 from dscompile.compiler.source import find_model
+from dscompile.passes.quantize.smooth import LinearError
 from dscompile.runtime import load
 from dscompile.runtime.artifact import read_plan, verify_artifact
 from dscompile.runtime.errors import UserError
@@ -129,12 +131,44 @@ def test_the_report_says_what_it_costs(tmp_path, text):
     assert read_report(tmp_path / "out").quantization == found
 
 
+def test_the_worst_linears_are_kept_to_meet_the_budget(tmp_path, text, monkeypatch):
+    found = iter((10.0, 10.5, 10.0, 10.2, 10.0, 10.05))
+    monkeypatch.setattr("dscompile.compiler.quantize._perplexity", lambda artifact, windows: next(found))
+    report = compile_model(TRAINED, tmp_path / "out", quant="int8", calibrate=text, target="cpu", max_seq_len=128)
+    kept = {entry["weight"] for entry in report.quantization["kept"]}
+    quantized = {entry["weight"] for entry in report.quantization["linears"]}
+    assert len(kept | quantized) == 7 * sum(c.count for c in report.classes if c.layers) and not kept & quantized
+    assert max(e["sqnr_db"] for e in report.quantization["kept"][:2]) <= report.quantization["linears"][0]["sqnr_db"]
+    assert report.quantization["kept_because"].startswith(
+        "perplexity grew by 5.00 % with none kept; perplexity grew by"
+    )
+    assert report.quantization["increase_percent"] == 0.5
+    plan = read_plan(tmp_path / "out")
+    dtypes = [plan.weights[s.weights["weight"]].dtype for s in plan.steps if isinstance(s.spec, Linear)]
+    assert 1 < dtypes.count("float32") < dtypes.count("int8"), "the head, and what was kept"
+    assert verify_artifact(tmp_path / "out").quantization == "int8"
+
+
 def test_a_budget_that_cannot_be_met_names_linears(tmp_path, text, monkeypatch):
-    before = iter((10.0, 10.5))
-    monkeypatch.setattr("dscompile.compiler.quantize._perplexity", lambda artifact, windows: next(before))
-    with pytest.raises(UserError, match=r"by 5\.00 %, more than the 1 % .*_proj\.weight \(\d+ dB\)"):
+    monkeypatch.setattr("dscompile.compiler.quantize._perplexity", lambda path, _: 10.0 if "unq" in path.name else 10.5)
+    monkeypatch.setattr("dscompile.compiler.budget.FIRST_ROUND", 4)
+    message = r"by 5\.00 % with the \d+ worst linears left as they are, more than the 1 % .*_proj\.weight \(\d+ dB\)"
+    with pytest.raises(UserError, match=message) as caught:
         compile_model(TRAINED, tmp_path / "out", quant="int8", calibrate=text, target="cpu", max_seq_len=128)
-    assert list(tmp_path.iterdir()) == []
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+def test_each_round_keeps_twice_as_many_and_what_shares_their_input():
+    errors = [LinearError(f"w{i}", f"x{i // 3}", 0.0, float(i % 7)) for i in range(48)]
+    missed = BudgetMissed("--quant int8", 2.0, 1.0, errors, Kept())
+    first = missed.keep_more()
+    assert len(first.linears) == 3 and first.names == {"w0", "w1", "w2"} and first.rounds == ((0, 2.0),)
+    rest = [e for e in errors if e not in first.linears]
+    second = BudgetMissed("--quant int8", 1.5, 1.0, rest, first).keep_more()
+    assert len(second.linears) == 6 and first.names < second.names and second.rounds == ((0, 2.0), (3, 1.5))
+    last = Kept(tuple(errors[:18]))
+    with pytest.raises(BudgetMissed, match="18 worst"):
+        BudgetMissed("--quant int8", 1.5, 1.0, errors[18:], last).keep_more()
 
 
 @pytest.mark.parametrize(
