@@ -165,6 +165,8 @@ def row_request(spec: Linear, operands: Operands, config: RowConfig) -> tuple[Ke
         "loop_blocks": blocks > prefetch,
     }
     numbers = _numbers(spec, operands) | {"BN": config.block_n, "BK": block_k, "STAGES": config.stages}
+    if spec.add and spec.rows == "R":
+        numbers["ADD_STRIDE"] = operands["in.add"].stride
     if two_pass or spec.post_norm:
         numbers["BS"] = min(4096, next_power_of_2(spec.in_features))
     arguments = _arguments(spec, operands, not two_pass)

@@ -40,11 +40,8 @@ def _pattern(graph: ModelGraph, node: fx.Node) -> Match | None:
 
 
 def _check(graph: ModelGraph, match: Match) -> str | None:
-    spec = match.linear.args[3]
-    if spec.add:
+    if match.linear.args[3].add:
         return f"{match.linear.name} already adds a row to its input"
-    if spec.rows == "R":
-        return f"{match.linear.name} reads only the rows of the logits"
     order = {n: i for i, n in enumerate(graph.graph.nodes)}
     early = [u.name for u in match.total.users if order[u] < order[match.linear]]
     return f"{match.total.name} is read before {match.linear.name}, by {', '.join(early)}" if early else None

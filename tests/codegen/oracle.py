@@ -41,7 +41,7 @@ def linear(spec: Linear, tensors: Tensors, logit_rows: torch.Tensor | None = Non
     if spec.post_norm:
         v = norm(spec.post_norm, v, t.get("w.post_norm_weight"), t.get("w.post_norm_bias"))
     if spec.add:
-        v = v + t["in.add"]
+        v = v + (t["in.add"] if spec.rows == "T" else t["in.add"][logit_rows.long()])
     outputs = {"out.sum": v} if spec.store else {}
     if spec.norm:
         v = norm(spec.norm, v, t.get("w.norm_weight"), t.get("w.norm_bias"))

@@ -12,9 +12,8 @@ from dscompile.compiler.compile import compile_model
 from dscompile.runtime.errors import UserError
 from tests.compiler.tiny import CONFIGS, OPTIONS, RECURRENT, make_config, save_model
 
-# Operators that torch runs. Of models with norms after attention and MLP the last sum, which the head reads for few of
-# its rows; of latent attention, in each layer, the copy of the key that all heads share.
-FALLBACKS = {"gemma2": 1, "gemma3_text": 1, "olmo2": 1, "glm4": 1, "deepseek_v3": 2}
+# Operators that torch runs: of latent attention, in each layer, the copy of the key that all heads share.
+FALLBACKS = {"deepseek_v3": 2}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dscompile.passes import vocabulary
 from dscompile.passes.fuse.regions import fused_linear
 from dscompile.passes.pipeline import PIPELINE
 from dscompile.passes.runner import run_pipeline
@@ -56,6 +57,14 @@ def test_a_gated_mlp_is_two_regions():
     assert not misses
 
 
+def test_the_head_computes_the_sum_of_a_norm_and_a_residual():
+    graph, misses = compiled(Sandwich())
+    *_, head = nodes(graph, fused_linear)
+    assert head.args[3].rows == "R" and head.args[3].add and head.args[3].post_norm.kind == "layer"
+    assert not nodes(graph, vocabulary.add)
+    assert not [m for m in misses if "r)" in m.rule]
+
+
 class GateReadElsewhere(Mlp):
     def mlp(self, x, y):
         gate = self.gate(y)
@@ -86,6 +95,17 @@ class ActivationReadElsewhere(Mlp):
     def mlp(self, x, y):
         hidden = self.gate(y)
         return x + self.down(F.gelu(hidden)) + self.down(hidden)
+
+
+class Sandwich(Mlp):
+    """A norm after the branch, whose sum with the residual the head reads for few of its rows."""
+
+    def mlp(self, x, y):
+        return x + self.norm(self.down(F.silu(self.gate(y)) * self.up(y)))
+
+    def forward(self, tokens, positions):
+        x = self.table(tokens)
+        return self.head(self.mlp(x, self.norm(x)))
 
 
 @pytest.mark.parametrize(
