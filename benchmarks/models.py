@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from transformers import BloomConfig, GPTJConfig, LlamaConfig, PretrainedConfig
+from transformers import BloomConfig, GPTJConfig, LlamaConfig, MixtralConfig, PretrainedConfig
 
 
 def _llama3_8b() -> LlamaConfig:
@@ -39,6 +39,10 @@ def _bloom_7b1() -> BloomConfig:
     return BloomConfig(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32, architectures=["BloomForCausalLM"])
 
 
+def _mixtral_8x7b() -> MixtralConfig:
+    return MixtralConfig(tie_word_embeddings=False, architectures=["MixtralForCausalLM"])
+
+
 # One GPU holds each of these.
 ONE_GPU = ("gptj-6b", "bloom-7b1", "llama3-8b")
 # name -> (configuration, dtype its checkpoint is published in)
@@ -46,5 +50,6 @@ MODELS: dict[str, tuple[Callable[[], PretrainedConfig], str]] = {
     "gptj-6b": (_gptj_6b, "float16"),
     "bloom-7b1": (_bloom_7b1, "float16"),
     "llama3-8b": (_llama3_8b, "bfloat16"),
+    "mixtral-8x7b": (_mixtral_8x7b, "float16"),
     "llama3-70b": (_llama3_70b, "bfloat16"),
 }

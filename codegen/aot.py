@@ -53,7 +53,7 @@ def compile_kernels(
             progress(1)
         return cubin
 
-    count = min(processes or os.cpu_count() or 1, max(1, len(jobs)))
+    count = min(processes or _num_cores(), max(1, len(jobs)))
     with _Workers() as pool, ThreadPoolExecutor(count) as threads:
         cubins = list(threads.map(build, jobs))
     table = {
@@ -63,6 +63,11 @@ def compile_kernels(
     for (request, target), cubin in zip(jobs, cubins, strict=True):
         table[request.name].cubins[target] = cubin
     return table
+
+
+def _num_cores() -> int:
+    """Processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _build(request: KernelRequest, target: str, kernels_dir: Path, workers: _Workers) -> Cubin:

@@ -27,6 +27,16 @@ class Tile:
     stages: int = 3
 
 
+@dataclass(frozen=True)
+class RowTile:
+    """Weight rows of a program that computes one token, weight columns of its step, and how it is compiled."""
+
+    rows: int = 4
+    columns: int = 1024
+    num_warps: int = 4
+    stages: int = 3
+
+
 @dataclass
 class _Draft:
     """The step, and the kernels gathered so far."""
@@ -55,8 +65,10 @@ class _Draft:
         return Launch("kernel", request.name, arguments.args, grid)
 
 
-def moe_program(spec: Moe, operands: Operands, context: KernelContext) -> tuple[Program, tuple[KernelRequest, ...]]:
-    """Choose the kernels for one token, few and many."""
+def moe_program(
+    spec: Moe, operands: Operands, context: KernelContext, up_row: RowTile = RowTile(), down_row: RowTile = RowTile()
+) -> tuple[Program, tuple[KernelRequest, ...]]:
+    """Choose the kernels for one token, few and many. up_row, down_row: the two products of one token."""
     draft = _Draft(spec, operands)
     route = _route(draft)
     few, many = Tile(FEW_PAIRS, 32, 128), Tile(MANY_PAIRS, 64, 64)
@@ -66,7 +78,7 @@ def moe_program(spec: Moe, operands: Operands, context: KernelContext) -> tuple[
     top_k, experts = spec.router.top_k, spec.router.num_experts
     bound = Extent(top_k, "T")
     cases = (
-        Case(1, 1, (route, _up_row(draft), _down_row(draft))),
+        Case(1, 1, (route, _up_row(draft, up_row), _down_row(draft, down_row))),
         Case(2, BOUNDED_BY_PAIRS, (route, *_tiles(draft, few, bound))),
         Case(BOUNDED_BY_PAIRS + 1, FEW_TOKENS, (route, *_tiles(draft, few, _tile_bound(few, top_k, experts)))),
         Case(FEW_TOKENS + 1, 0, (route, *_tiles(draft, many, _tile_bound(many, top_k, experts)))),
@@ -131,27 +143,40 @@ def _gate(spec: Moe) -> tuple[dict[str, Any], dict[str, Any]]:
     return numbers, {"activation": spec.activation, "bias": spec.bias, "scale_input": spec.scale_input}
 
 
-def _up_row(draft: _Draft) -> Launch:
+def _up_row(draft: _Draft, tile: RowTile) -> Launch:
     spec = draft.spec
-    block, (gate_numbers, structure) = 4, _gate(spec)
-    numbers = _numbers(spec) | gate_numbers
-    numbers |= {"BN": block, "BK": min(1024, next_power_of_2(spec.in_features)), "STAGES": 3}
+    gate_numbers, structure = _gate(spec)
     roles = "in.x w.gate_up" + " w.gate_up_bias" * spec.bias + " scratch.factors" * spec.scale_input
-    grid = (Extent(ceil_div(spec.hidden_features, block)), Extent(spec.router.top_k))
+    grid = (Extent(ceil_div(spec.hidden_features, tile.rows)), Extent(spec.router.top_k))
     return draft.launch(
-        "moe_up_row", f"{roles} scratch.chosen scratch.hidden", numbers, grid, structure=structure, num_stages=3
+        "moe_up_row",
+        f"{roles} scratch.chosen scratch.hidden",
+        _numbers(spec) | gate_numbers | _row_numbers(tile, "BK", spec.in_features),
+        grid,
+        structure=structure,
+        num_warps=tile.num_warps,
+        num_stages=tile.stages,
     )
 
 
-def _down_row(draft: _Draft) -> Launch:
+def _down_row(draft: _Draft, tile: RowTile) -> Launch:
     spec = draft.spec
-    block = 4
-    numbers = _numbers(spec) | {"BN": block, "BF": min(1024, next_power_of_2(spec.hidden_features)), "STAGES": 3}
     structure = {"bias": spec.bias, "scale_input": spec.scale_input, "residuals": spec.residuals}
     roles = "w.down" + " w.down_bias" * spec.bias + "".join(f" in.residual{i}" for i in range(spec.residuals))
     roles += " scratch.chosen" + " scratch.factors" * (not spec.scale_input) + " scratch.hidden out.y"
-    grid = (Extent(ceil_div(spec.in_features, block)),)
-    return draft.launch("moe_down_row", roles, numbers, grid, structure=structure, num_stages=3)
+    return draft.launch(
+        "moe_down_row",
+        roles,
+        _numbers(spec) | _row_numbers(tile, "BF", spec.hidden_features),
+        (Extent(ceil_div(spec.in_features, tile.rows)),),
+        structure=structure,
+        num_warps=tile.num_warps,
+        num_stages=tile.stages,
+    )
+
+
+def _row_numbers(tile: RowTile, columns: str, width: int) -> dict[str, Any]:
+    return {"BN": tile.rows, columns: min(tile.columns, next_power_of_2(width)), "STAGES": tile.stages}
 
 
 def _tiles(draft: _Draft, tile: Tile, tiles: Extent) -> tuple[Launch, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dscompile.runtime.errors import UserError
-from dscompile.runtime.plan import Embed, Plan
+from dscompile.runtime.plan import Embed, Moe, Plan, Router
 
 BANDWIDTH_BYTES = 4 << 30
 WARM_UPS = 2
@@ -37,15 +37,26 @@ def bench(engine: Any, batches: Sequence[int], prompt_tokens: int, new_tokens: i
 
 
 def bytes_per_step(plan: Plan, batch: int, context: int) -> int:
-    """Bytes that one decode step must read: every weight once, a row of each table per token, and the KV cache."""
+    """Bytes that one decode step must read: every weight once, of experts those that are hit, a row of each table per
+    token, and the KV cache."""
     whole: set[str] = set()
-    rows = 0
+    partial = 0.0
     for step in plan.steps:
         table = step.weights.get("table") if isinstance(step.spec, Embed) else None
-        rows += _bytes(plan, table) // plan.weights[table].shape[0] if table else 0
-        whole.update(name for role, name in step.weights.items() if role not in ("table", "positions_table", "row_sum"))
+        partial += batch * _bytes(plan, table) / plan.weights[table].shape[0] if table else 0
+        names = {name for role, name in step.weights.items() if role not in ("table", "positions_table", "row_sum")}
+        if isinstance(step.spec, Moe):
+            of_experts = {name for role, name in step.weights.items() if role != "correction"}
+            partial += sum(_bytes(plan, name) for name in of_experts) * experts_hit(step.spec.router, batch)
+            names -= of_experts
+        whole.update(names)
     whole = {name for name in whole if not _is_table(plan, name)}
-    return sum(_bytes(plan, name) for name in whole) + batch * rows + batch * context * _kv_bytes(plan)
+    return sum(_bytes(plan, name) for name in whole) + round(partial) + batch * context * _kv_bytes(plan)
+
+
+def experts_hit(router: Router, batch: int) -> float:
+    """The share of a layer's experts that a batch reads if every choice is equally likely; exact for one sequence."""
+    return 1 - (1 - router.top_k / router.num_experts) ** batch
 
 
 def read_bandwidth(device: torch.device) -> float:

@@ -276,10 +276,10 @@ def _randomized(model: nn.Module, seed: int) -> nn.Module:
     return model.eval()
 
 
-def save_encoder(name: str, directory: Path, seed: int = 0) -> nn.Module:
-    """Write a tiny encoder, with the head of its class if it has one, as transformers would."""
+def save_encoder(name: str, directory: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """Write a tiny encoder, with the head of its class if it has one, as transformers would; return it."""
     *spec, class_name = ENCODERS[name]
-    model = _randomized(getattr(transformers, class_name)(make_config((spec[0], spec[1]))), seed)
+    model = _randomized(getattr(transformers, class_name)(make_config((spec[0], spec[1]))), seed).to(dtype)
     with quiet():
         model.save_pretrained(directory)
     return model

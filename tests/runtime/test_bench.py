@@ -1,0 +1,30 @@
+"""What a decode step must read: all of a model's weights, but of experts only those that are hit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from dscompile.runtime.bench import bytes_per_step, experts_hit
+from dscompile.runtime.plan import Moe, Ref, Router, Step, Weight
+from tests.runtime.models import make_model
+
+ROUTER = Router(8, 2, "softmax", True)
+
+
+def test_experts_hit():
+    assert experts_hit(ROUTER, 1) == 2 / 8
+    assert experts_hit(ROUTER, 2) == pytest.approx((2 + 2 * 6 / 8) / 8)
+    assert experts_hit(ROUTER, 500) == pytest.approx(1)
+
+
+def test_bytes_of_a_step_grow_with_the_experts_hit():
+    plan = make_model().plan
+    spec = Moe(24, 16, ROUTER, "silu")
+    moe = Step("moe", spec, ("moe",), 1, {"x": Ref("h", 0, 24)}, {}, {"gate_up": "up", "down": "down"})
+    experts = {"up": Weight((8, 32, 24), "float16"), "down": Weight((8, 24, 16), "float16")}
+    with_experts = dataclasses.replace(plan, steps=(*plan.steps, moe), weights=plan.weights | experts)
+    one_expert = 2 * (32 * 24 + 24 * 16)
+    assert bytes_per_step(with_experts, 1, 0) - bytes_per_step(plan, 1, 0) == 2 * one_expert
+    assert bytes_per_step(with_experts, 2, 0) - bytes_per_step(plan, 2, 0) == 3.5 * one_expert
