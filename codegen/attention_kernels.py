@@ -6,11 +6,16 @@ from dscompile.codegen.emit import KernelRequest, kernel_request
 from dscompile.codegen.operands import Arguments, KernelContext, Operands, ceil_div, next_power_of_2
 from dscompile.codegen.targets import capability
 from dscompile.codegen.tuned_table import num_sms
+from dscompile.runtime.int8 import SMALLEST
+from dscompile.runtime.kv_cache import block_elements
 from dscompile.runtime.plan import Attention, Case, Extent, Launch, Program, Scratch
 
 # Ranges of sequences with a number of splits each.
 DECODE_RANGES = ((1, 1), (2, 4), (5, 8), (9, 16), (17, 32), (33, 64), (65, 0))
 MAX_SPLITS = 32
+# Shares of the softmax take in the scales of int8 values, which are 127 times smaller than the values: times this, they
+# are far from the smallest numbers of float16, and still below its largest.
+VALUE_UNIT = 64.0
 
 
 def attention_program(
@@ -48,8 +53,8 @@ def _splits(spec: Attention, sequences: int, context: KernelContext) -> int:
 def _numbers(spec: Attention, operands: Operands, context: KernelContext) -> dict:
     group = context.kv_groups[spec.group]
     page = context.page_size
-    columns = spec.head_dim + spec.v_head_dim
-    return {
+    tokens = group.num_kv_heads * page
+    numbers = {
         "GROUP": spec.num_heads // spec.num_kv_heads,
         "KV_HEADS": spec.num_kv_heads,
         "D": spec.head_dim,
@@ -57,14 +62,18 @@ def _numbers(spec: Attention, operands: Operands, context: KernelContext) -> dic
         "DV": spec.v_head_dim,
         "DVP": max(16, next_power_of_2(spec.v_head_dim)),
         "PAGE": page,
-        "BLOCK_STRIDE": group.num_layers * group.num_kv_heads * page * columns,
-        "V_OFFSET": group.num_kv_heads * page * spec.head_dim,
+        "BLOCK_STRIDE": block_elements(group, page),
+        "V_OFFSET": tokens * spec.head_dim,
         "ROTARY": spec.rotary_dim,
         "SCALE": spec.scale,
         "SOFTCAP": spec.softcap,
         "WINDOW": spec.window,
         "CHUNK": spec.chunk,
     } | {f"{r[-1].upper()}_STRIDE": operands[r].stride for r in ("in.q", "in.k", "in.v", "out.y")}
+    if group.dtype == "int8":
+        skip = tokens * (spec.head_dim + spec.v_head_dim)
+        numbers |= {"SCALES": skip, "UNIT": VALUE_UNIT, "SMALLEST": SMALLEST}
+    return numbers
 
 
 def _norm_numbers(spec: Attention) -> dict:

@@ -38,7 +38,13 @@ from dscompile.runtime.report import Report, Verification
 from dscompile.runtime.report_html import write_html
 
 # What the comparison with a stand-in leaves out: random weights say nothing about the quantization of real ones.
-_PLAIN: dict[str, Any] = {"quant": "none", "quant_lm_head": False, "calibrate": None, "require_fusion": ()}
+_PLAIN: dict[str, Any] = {
+    "quant": "none",
+    "kv_dtype": "auto",
+    "quant_lm_head": False,
+    "calibrate": None,
+    "require_fusion": (),
+}
 
 
 def compile_model(model: str | Path, out: str | Path, *, progress: Progress | None = None, **options: Any) -> Report:
@@ -134,10 +140,10 @@ def _quantizer(
     progress: Progress,
     kept: Kept,
 ) -> Quantizer | None:
-    if config.quant == "none":
+    if not config.quantizes:
         return None
     if is_encoder(source.config):
-        raise UserError(f"{model_name(source)}: encoders are not quantized in this version: leave out quant")
+        raise UserError(f"{model_name(source)}: encoders are not quantized in this version: leave out quant, kv_dtype")
     if checkpoint is None:
         return Quantizer(config, None, None, progress)
     text = read_calibration(config.calibrate, source, limits.max_seq_len)

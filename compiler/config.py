@@ -31,6 +31,7 @@ class CompileConfig:
     max_batch:     most sequences in one step
     dummy_weights: None; "generated": the runtime makes them at load; "stored": random ones are written
     quant:         one of QUANTIZATIONS; quant_lm_head: the head too
+    kv_dtype:      "auto" (the activations') or "int8", of the KV cache
     calibrate:     text that quantization is calibrated on; None: one of our own
     max_perplexity_increase: in percent, what quantization may cost
     dump_ir:       directory for the graph after each pass that changes it
@@ -53,6 +54,11 @@ class CompileConfig:
     dump_ir: Path | None = None
     verify: bool = True
     force: bool = False
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything is computed or kept in int8."""
+        return self.quant != "none" or self.kv_dtype != "auto"
 
 
 def parse_config(**options: Any) -> CompileConfig:
@@ -144,10 +150,10 @@ def _check_budget(percent: object) -> None:
 
 
 def _check_available(config: CompileConfig) -> None:
-    if config.kv_dtype != "auto":
-        raise UserError("an int8 cache is not available in this version: leave out kv_dtype")
-    if config.quant == "none" and (config.calibrate is not None or config.quant_lm_head):
-        raise UserError("calibrate and quant_lm_head need a scheme: give --quant int8 too")
+    if config.quant == "none" and config.quant_lm_head:
+        raise UserError("quant_lm_head needs a scheme: give --quant int8 too")
+    if not config.quantizes and config.calibrate is not None:
+        raise UserError("calibrate needs something to quantize: give --quant int8 too")
     if config.quant != "none" and config.targets:
         raise UserError(f"--quant {config.quant} is not yet on a GPU: compile with --target cpu")
     if config.tensor_parallel > 1 or config.pipeline_parallel > 1:
@@ -173,5 +179,6 @@ def resolve_limits(config: CompileConfig, model_limit: int | None, whole_sequenc
     return Limits(
         max_seq_len=max_seq_len,
         max_batch=config.max_batch,
+        kv_dtype=config.kv_dtype,
         max_step_tokens=max(Limits.max_step_tokens, config.max_batch, max_seq_len if whole_sequences else 1),
     )

@@ -36,6 +36,7 @@ def make_manifest(source: ModelSource, config: CompileConfig, plan: Plan, dtype:
         max_batch=plan.max_batch,
         max_step_tokens=plan.max_step_tokens,
         vocab_size=plan.vocab_size,
+        kv_dtype=config.kv_dtype,
         quantization=config.quant,
         targets=config.targets,
         weights="dummy" if config.dummy_weights == "generated" else "stored",

@@ -103,6 +103,11 @@ def init_inference(
     max_batch: int | None = None,
     target: str = "native",
     quant: str = "none",
+    kv_dtype: str = "auto",
+    quant_lm_head: bool = False,
+    calibrate: str | os.PathLike[str] | None = None,
+    tokenizer: Any = None,
+    max_perplexity_increase: float | None = None,
     verify: bool = True,
     cache_dir: str | os.PathLike[str] | None = None,
     **deepspeed_options: Any,
@@ -113,6 +118,8 @@ def init_inference(
     tensor_parallel: number of GPUs, or DeepSpeed's {"tp_size": N}; mp_size is its older name
     dtype:           torch.float16, "float16" ...; None: the model's on a GPU, float32 on the CPU
     max_out_tokens:  longest sequence, prompt and new tokens; None: the model's own limit
+    quant, kv_dtype, quant_lm_head, calibrate, max_perplexity_increase: as compile_model's
+    tokenizer:       the model's, to read the text with that quantization is calibrated on and judged by
     cache_dir:       where artifacts are kept, by content; default: $XDG_CACHE_HOME/dscompile/inference
     DeepSpeed's options about kernel injection are accepted and have no effect: every model is compiled.
     Raises UserError as compile_model does, and for an option that is not known.
@@ -124,23 +131,29 @@ def init_inference(
         "dtype": _dtype_name(dtype, model, target),
         "target": target,
         "quant": quant,
+        "kv_dtype": kv_dtype,
+        "quant_lm_head": quant_lm_head,
+        "calibrate": calibrate,
+        "max_perplexity_increase": max_perplexity_increase,
         "max_seq_len": max_out_tokens,
         "max_batch": max_batch,
         "tensor_parallel": max(_tensor_parallel(tensor_parallel), mp_size),
     }
     root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dscompile/inference").expanduser()
-    artifact = root / _content_key(model, options)
+    artifact = root / _content_key(model, options | {"text": _text_key(calibrate, tokenizer)})
     if not artifact.exists():
         root.mkdir(parents=True, exist_ok=True)
-        _compile(model, artifact, options, verify)
+        _compile(model, tokenizer, artifact, options, verify)
     return InferenceModel(load(artifact), artifact, model.config, model.generation_config)
 
 
-def _compile(model: Any, artifact: Path, options: dict[str, Any], verify: bool) -> None:
+def _compile(model: Any, tokenizer: Any, artifact: Path, options: dict[str, Any], verify: bool) -> None:
     checkpoint = tempfile.mkdtemp(prefix="checkpoint-", dir=artifact.parent)
     try:
         transformers.utils.logging.disable_progress_bar()
         model.save_pretrained(checkpoint)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(checkpoint)
         compile_model(checkpoint, artifact, verify=verify, **{k: v for k, v in options.items() if v is not None})
     finally:
         shutil.rmtree(checkpoint, ignore_errors=True)
@@ -155,6 +168,12 @@ def _content_key(model: Any, options: dict[str, Any]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _text_key(calibrate: str | os.PathLike[str] | None, tokenizer: Any) -> str:
+    """Which text a model is calibrated on, and by which tokenizer; compile_model names a file that is not there."""
+    text = Path(calibrate).read_bytes() if calibrate is not None and Path(calibrate).is_file() else b""
+    return hashlib.blake2b(text + repr(tokenizer).encode(), digest_size=16).hexdigest()
 
 
 def _device() -> str:

@@ -43,7 +43,7 @@ class Quantizer:
         kept: Kept = NONE,
     ) -> None:
         self.config = config
-        self.scheme = SCHEMES[config.quant]
+        self.scheme = SCHEMES.get(config.quant)
         self.text = text
         self.kept = kept
         self.errors: list[LinearError] = []
@@ -51,12 +51,14 @@ class Quantizer:
         self._progress = progress
 
     def passes(self) -> tuple[Pass, ...]:
-        """The phase `quantize`."""
+        """The phase `quantize`; none where the cache alone is in int8."""
+        if self.scheme is None:
+            return ()
         choose = choose_linears(self.scheme.spec, self.config.quant_lm_head, self.kept.names)
         return (choose, smooth_linears(self._calibrate, self.errors)) if self.text else (choose,)
 
     def _calibrate(self, graph: ModelGraph, sites: Sequence[Site]) -> list[list[Trial]]:
-        assert self.text is not None and self._read is not None, "the pass runs only where there is a text"
+        assert self.text and self._read and self.scheme, "the pass runs only where there is a text"
         self._progress.finish()
         self._progress.start("calibration", len(sites), "inputs")
         trials = calibrate(graph, sites, self.text.windows, self._read, self.scheme, self._progress.advance)
@@ -66,7 +68,7 @@ class Quantizer:
 
     def report(self) -> dict[str, Any]:
         """The report's section: scheme, text, each linear's error, the worst first, and those kept as they are."""
-        facts: dict[str, Any] = {"scheme": self.config.quant}
+        facts: dict[str, Any] = {"scheme": self.config.quant, "kv_dtype": self.config.kv_dtype}
         if self.text is None:
             return facts | {"calibration": "none: the weights are dummies"}
         facts |= {
@@ -94,7 +96,7 @@ class Quantizer:
         percent = 100 * (after / before - 1)
         budget = self.config.max_perplexity_increase
         if not percent <= budget:
-            raise BudgetMissed(f"--quant {self.config.quant}", percent, budget, self.errors, self.kept)
+            raise BudgetMissed(_options(self.config), percent, budget, self.errors, self.kept)
         return {
             "held_out_windows": len(self.text.held_out),
             "perplexity_before": round(before, 4),
@@ -102,6 +104,12 @@ class Quantizer:
             "increase_percent": round(percent, 3),
             "max_increase_percent": budget,
         }
+
+
+def _options(config: CompileConfig) -> str:
+    """What a user wrote to have the model quantized."""
+    options = {"--quant": (config.quant, "none"), "--kv-dtype": (config.kv_dtype, "auto")}
+    return " ".join(f"{name} {value}" for name, (value, default) in options.items() if value != default)
 
 
 def _facts(error: LinearError) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def write_twin(
         twin.mkdir()
         exact = without_quantization(lowered, manifest.dtype)
         write_plan(twin, write_weights(twin, exact, constants, checkpoint, None, Silent()))
-        write_manifest(twin, dataclasses.replace(manifest, quantization="none", targets=(), files={}))
+        write_manifest(twin, dataclasses.replace(manifest, quantization="none", kv_dtype="auto", targets=(), files={}))
         yield twin
     finally:
         shutil.rmtree(twin, ignore_errors=True)

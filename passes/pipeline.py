@@ -72,6 +72,8 @@ PIPELINE = (
 
 
 def quantizing(passes: tuple[Pass, ...]) -> tuple[Phase, ...]:
-    """The pipeline with a phase `quantize`, the only one that changes what is computed, before fusion."""
+    """The pipeline with a phase `quantize`, the only one that changes what is computed; without passes, none."""
+    if not passes:
+        return PIPELINE
     *exact, fuse = PIPELINE
     return (*exact, Phase("quantize", passes), fuse)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dscompile.runtime.errors import UserError
+from dscompile.runtime.kv_cache import block_bytes
 from dscompile.runtime.plan import Embed, Moe, Plan, Router
 
 BANDWIDTH_BYTES = 4 << 30
@@ -180,10 +181,7 @@ def _bytes(plan: Plan, name: str) -> int:
 
 def _kv_bytes(plan: Plan) -> int:
     """Bytes of keys and values per token of context, all layers; windows are not taken into account."""
-    return sum(
-        g.num_layers * g.num_kv_heads * (g.head_dim + g.v_head_dim) * getattr(torch, g.dtype).itemsize
-        for g in plan.kv_groups
-    )
+    return sum(block_bytes(g, 1) for g in plan.kv_groups)
 
 
 def _device_name(device: torch.device) -> str:

@@ -7,6 +7,8 @@ from functools import cache
 import torch
 
 LARGEST = 127
+# A row whose step would be subnormal counts as zeros: the quotient of two such numbers is no longer exact.
+SMALLEST = LARGEST * torch.finfo(torch.float32).tiny
 # Products of int8 values that float32 adds up without rounding: 2^24 / 127^2.
 EXACT_TERMS = 1024
 
@@ -25,8 +27,7 @@ def quantize_rows(x_MK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def row_scales(x_MK: torch.Tensor) -> torch.Tensor:
     """The value of one step of each row, [M] float32."""
     largest = x_MK.abs().amax(-1).float() if x_MK.shape[-1] else x_MK.new_zeros(len(x_MK)).float()
-    # A row whose step would be subnormal counts as zeros: the quotient of two such numbers is no longer exact.
-    scale = torch.where(largest < LARGEST * torch.finfo(torch.float32).tiny, 1.0, largest / LARGEST)
+    scale = torch.where(largest < SMALLEST, 1.0, largest / LARGEST)
     return torch.where(largest.isfinite(), scale, torch.nan)
 
 

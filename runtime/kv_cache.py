@@ -11,6 +11,7 @@ from dscompile.runtime.errors import UserError
 from dscompile.runtime.plan import KVGroup, Plan
 
 NULL_BLOCK = 0
+SCALE_BYTES = 4
 ENCODER_STEPS = 2  # one that runs, one that is launched behind it
 
 
@@ -24,6 +25,7 @@ class KVPool:
 
     keys[i]   [num_blocks, num_kv_heads, page_size, head_dim]     a view of layer i's part of every block
     values[i] [num_blocks, num_kv_heads, page_size, v_head_dim]
+    k_scales[i], v_scales[i] [num_blocks, num_kv_heads, page_size] float32, where the group is int8
     """
 
     def __init__(self, group: KVGroup, page_size: int, num_blocks: int, device: torch.device | str = "cpu") -> None:
@@ -33,9 +35,13 @@ class KVPool:
         self.data = torch.zeros(
             num_blocks, block_elements(group, page_size), dtype=dtype_of(group.dtype), device=device
         )
-        self.keys = [self._view(i, 0, group.head_dim) for i in range(group.num_layers)]
-        skip = group.num_kv_heads * page_size * group.head_dim
-        self.values = [self._view(i, skip, group.v_head_dim) for i in range(group.num_layers)]
+        layers, tokens = range(group.num_layers), group.num_kv_heads * page_size
+        self.keys = [self._view(i, 0, group.head_dim) for i in layers]
+        self.values = [self._view(i, tokens * group.head_dim, group.v_head_dim) for i in layers]
+        if group.dtype == "int8":
+            skip = tokens * (group.head_dim + group.v_head_dim)
+            self.k_scales = [self._scales(i, skip) for i in layers]
+            self.v_scales = [self._scales(i, skip + SCALE_BYTES * tokens) for i in layers]
 
     def _view(self, layer: int, skip: int, width: int) -> torch.Tensor:
         heads, page = self.group.num_kv_heads, self.page_size
@@ -43,10 +49,22 @@ class KVPool:
         start = layer * (stride // self.group.num_layers) + skip
         return self.data.as_strided((self.num_blocks, heads, page, width), (stride, page * width, width, 1), start)
 
+    def _scales(self, layer: int, skip: int) -> torch.Tensor:
+        heads, page, stride = self.group.num_kv_heads, self.page_size, self.data.shape[1] // SCALE_BYTES
+        start = layer * (stride // self.group.num_layers) + skip // SCALE_BYTES
+        words = self.data.view(torch.float32)
+        return words.as_strided((self.num_blocks, heads, page), (stride, page, 1), start)
+
 
 def block_elements(group: KVGroup, page_size: int) -> int:
-    """Elements of one block: keys and values of `page_size` tokens in every layer of the group."""
-    return group.num_layers * group.num_kv_heads * page_size * (group.head_dim + group.v_head_dim)
+    """Elements of one block: keys and values of `page_size` tokens in every layer of the group, scales included."""
+    return group.num_layers * page_size * token_elements(group)
+
+
+def token_elements(group: KVGroup) -> int:
+    """Elements that a layer keeps of a token."""
+    scales = 2 * SCALE_BYTES if group.dtype == "int8" else 0
+    return group.num_kv_heads * (group.head_dim + group.v_head_dim + scales)
 
 
 def block_bytes(group: KVGroup, page_size: int) -> int:

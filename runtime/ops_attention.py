@@ -15,7 +15,7 @@ from dscompile.runtime.executor import StepInputs
 from dscompile.runtime.kv_cache import KVPool
 from dscompile.runtime.ops_linear import join_columns
 from dscompile.runtime.ops_norm import bind_norm, compute_dtype
-from dscompile.runtime.ops_paged import Keys, LayerCache, key_ranges, whole_sequences
+from dscompile.runtime.ops_paged import Keys, bind_cache, key_ranges, whole_sequences
 from dscompile.runtime.plan import Attention
 
 Tensors = dict[str, torch.Tensor]
@@ -40,7 +40,7 @@ def bind_attention(
     v = inputs["v"].view(-1, spec.num_kv_heads, spec.v_head_dim)
     if pool is None:
         return _bind_whole(prepare, v, attend, y_heads)
-    layer = LayerCache(pool, spec.group, spec.index, dtype)
+    layer = bind_cache(pool, spec.group, spec.index, dtype)
 
     def run(step: StepInputs) -> None:
         q, k = prepare(step)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from dscompile.runtime.executor import StepInputs
+from dscompile.runtime.int8 import quantize_rows
 from dscompile.runtime.kv_cache import KVPool, first_visible
 from dscompile.runtime.plan import Attention, KVGroup
 
@@ -63,6 +64,44 @@ class LayerCache:
         return found[:count].view(keys.num * heads, -1, wide), found[count:].view(keys.num * heads, -1, v_wide)
 
 
+class Int8LayerCache:
+    """The same for an int8 group: what is appended is quantized, what is gathered is multiplied by its scales."""
+
+    def __init__(self, pool: KVPool, group: int, layer: int, dtype: torch.dtype) -> None:
+        self.group, self.dtype, self.page = group, dtype, pool.page_size
+        self._k = pool.keys[layer], pool.k_scales[layer]
+        self._v = pool.values[layer], pool.v_scales[layer]
+
+    def append(self, step: StepInputs, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write k [T, Hkv, D] and v [T, Hkv, Dv] to the step's slots."""
+        key = ("append", self.group)
+        if key not in step.cache:
+            slots = step.slots[self.group].long()
+            kept = (slots >= 0).nonzero()[:, 0]
+            step.cache[key] = kept, slots[kept] // self.page, slots[kept] % self.page
+        kept, block, offset = step.cache[key]
+        for x, (cells, scales) in ((k, self._k), (v, self._v)):
+            q, scale = quantize_rows(x[kept].reshape(-1, x.shape[-1]))
+            cells[block, :, offset] = q.view(len(kept), -1, x.shape[-1])
+            scales[block, :, offset] = scale.view(len(kept), -1)
+
+    def gather(self, keys: Keys) -> tuple[torch.Tensor, torch.Tensor]:
+        """k [n * Hkv, S, D] and v [n * Hkv, S, Dv] of n sequences, copied out of their blocks."""
+        if "blocks" not in keys.cache:
+            keys.cache["blocks"] = keys.table.long()
+        k, v = (self._gather(keys.cache["blocks"], *stored) for stored in (self._k, self._v))
+        return k, v
+
+    def _gather(self, blocks: torch.Tensor, cells: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        found = cells[blocks].transpose(1, 2) * scales[blocks].to(self.dtype).transpose(1, 2)[..., None]
+        return found.reshape(-1, blocks.shape[1] * self.page, cells.shape[-1])
+
+
+def bind_cache(pool: KVPool, group: int, layer: int, dtype: torch.dtype) -> LayerCache | Int8LayerCache:
+    """One layer's part of a pool, which computes in `dtype`."""
+    return (Int8LayerCache if pool.group.dtype == "int8" else LayerCache)(pool, group, layer, dtype)
+
+
 def _units(group: KVGroup) -> tuple[int, int, int]:
     """(D / g, Dv / g, cells of one token in all layers of a block)."""
     unit = math.gcd(group.head_dim, group.v_head_dim)
@@ -93,7 +132,8 @@ class Keys:
     """The keys of `num` sequences that attend together: where they lie, and which are hidden.
 
     queries: their rows of T.
-    rows: of the layer's row matrix, K's first `num_k_rows`, then V's.
+    rows: of the layer's row matrix, K's first `num_k_rows`, then V's; none where the cache is int8.
+    table: their blocks [num, S / page].
     length: keys that belong to the longest sequence; what follows up to S is the rest of its last page.
     positions [1, 1, S] of the keys, q_positions [num, L, 1]; hidden [num, L, S] bool, or None if all is visible.
     square: one sequence from its beginning, causal and nothing else; or all of it, and nothing is hidden.
@@ -104,6 +144,7 @@ class Keys:
     num: int
     rows: torch.Tensor
     num_k_rows: int
+    table: torch.Tensor
     length: int
     positions: torch.Tensor
     q_positions: torch.Tensor
@@ -137,7 +178,7 @@ def whole_sequences(step: StepInputs) -> list[Keys]:
 def _whole(first: int, stop: int) -> Keys:
     positions, nowhere = torch.arange(stop - first), torch.empty(0, dtype=torch.int64)
     keys, queries = positions[None, None], positions[None, :, None]
-    return Keys(slice(first, stop), 1, nowhere, 0, stop - first, keys, queries, None, True)
+    return Keys(slice(first, stop), 1, nowhere, 0, nowhere, stop - first, keys, queries, None, True)
 
 
 def _make_keys(step: StepInputs, spec: Attention, pool: KVPool, first: int, last: int) -> Keys:
@@ -151,7 +192,10 @@ def _make_keys(step: StepInputs, spec: Attention, pool: KVPool, first: int, last
         visible = KVGroup(0, 0, 0, 0, "", spec.window, spec.chunk)
         begin = min(first_visible(visible, c - new) for c in contexts)
     blocks = slice(begin // page, -(-stop // page))
-    rows, num_k_rows = _row_indices(step, spec.group, pool, slice(first, last), blocks)
+    rows, num_k_rows = torch.empty(0, dtype=torch.int64), 0
+    if pool.group.dtype != "int8":
+        rows, num_k_rows = _row_indices(step, spec.group, pool, slice(first, last), blocks)
+    table = step.block_tables[spec.group][first:last, blocks]
     origin = blocks.start * page
     positions = torch.arange(origin, blocks.stop * page).view(1, 1, -1)
     q_positions = step.positions[queries].view(num, new, 1)
@@ -160,7 +204,7 @@ def _make_keys(step: StepInputs, spec: Attention, pool: KVPool, first: int, last
     if not (whole and num == new == 1 and not spec.chunk and (not spec.window or stop - origin <= spec.window)):
         hidden = _hidden(spec, positions, q_positions, step.context_lens[first:last])
     square = spec.causal and num == 1 and new == stop and not spec.window and not spec.chunk
-    return Keys(queries, num, rows, num_k_rows, stop - origin, positions, q_positions, hidden, square)
+    return Keys(queries, num, rows, num_k_rows, table, stop - origin, positions, q_positions, hidden, square)
 
 
 def _row_indices(

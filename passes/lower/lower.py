@@ -42,12 +42,16 @@ ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Limits:
-    """What a step may ask for, in tokens and sequences; page_size: tokens of a KV block."""
+    """What a step may ask for, in tokens and sequences.
+
+    page_size: tokens of a KV block; kv_dtype: of the cache, "auto" for that of activations
+    """
 
     max_seq_len: int
     max_batch: int
     max_step_tokens: int = 2048
     page_size: int = 16
+    kv_dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def lower(
     measured: configurations of kernels that go before those of codegen/tuned.
     Raises UserError for a graph with an operator that neither a region nor a fallback covers.
     """
-    lowering = _Lowering(graph, dtype)
+    lowering = _Lowering(graph, dtype, dtype if limits.kv_dtype == "auto" else limits.kv_dtype)
     for node in graph.graph.nodes:
         lowering.visit(node)
     steps = tuple(lowering.steps)
@@ -114,9 +118,10 @@ def lower(
 
 
 class _Lowering:
-    def __init__(self, graph: ModelGraph, dtype: str) -> None:
+    def __init__(self, graph: ModelGraph, dtype: str, kv_dtype: str) -> None:
         self.graph = graph
         self.dtype = dtype
+        self.kv_dtype = kv_dtype
         self.placement = Placement(graph, dtype)
         self.weights = WeightTable(graph, dtype)
         self.steps: list[Step] = []
@@ -171,7 +176,7 @@ class _Lowering:
 
     def _attention(self, node: fx.Node) -> None:
         q, k, v, _, weights, spec = node.args
-        shape = (spec.num_kv_heads, spec.head_dim, spec.v_head_dim, self.dtype, spec.window, spec.chunk)
+        shape = (spec.num_kv_heads, spec.head_dim, spec.v_head_dim, self.kv_dtype, spec.window, spec.chunk)
         same = [i for i, g in enumerate(self.groups) if KVGroup(g.num_layers, *shape) == g]
         number = same[0] if same else len(self.groups)
         if not same:

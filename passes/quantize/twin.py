@@ -10,7 +10,8 @@ from dscompile.runtime.plan import Linear, Plan, Step, Weight
 
 
 def without_quantization(lowered: Lowered, dtype: str) -> Lowered:
-    """A plan for the CPU with the steps of `lowered` in which every int8 weight is the unrounded one in `dtype`."""
+    """A plan for the CPU with the steps of `lowered` in which every int8 weight is the unrounded one in `dtype`, and so
+    is the cache."""
     weights = {n: w for n, w in lowered.plan.weights.items() if not isinstance(lowered.recipes[n], Quantize)}
     recipes: dict[str, Recipe] = {n: lowered.recipes[n] for n in weights}
 
@@ -29,5 +30,8 @@ def without_quantization(lowered: Lowered, dtype: str) -> Lowered:
         return dataclasses.replace(step, spec=dataclasses.replace(step.spec, quantization=None), weights=bound)
 
     steps = tuple(dataclasses.replace(plain(step), program="") for step in lowered.plan.steps)
-    plan: Plan = dataclasses.replace(lowered.plan, steps=steps, weights=weights, programs={}, kernels={})
+    groups = tuple(dataclasses.replace(g, dtype=dtype) for g in lowered.plan.kv_groups)
+    plan: Plan = dataclasses.replace(
+        lowered.plan, steps=steps, weights=weights, kv_groups=groups, programs={}, kernels={}
+    )
     return dataclasses.replace(lowered, plan=plan, recipes=recipes, requests=())

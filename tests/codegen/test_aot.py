@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,8 @@ def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def context(targets: tuple[str, ...] = TARGETS) -> KernelContext:
-    group = KVGroup(2, 2, 64, 64, DTYPE)
-    return KernelContext(targets, 16, max_seq_len=512, max_batch=8, max_step_tokens=256, kv_groups=(group,))
+    groups = (KVGroup(2, 2, 64, 64, DTYPE), KVGroup(2, 2, 64, 64, "int8"))
+    return KernelContext(targets, 16, max_seq_len=512, max_batch=8, max_step_tokens=256, kv_groups=groups)
 
 
 def matrix(columns: int, dtype: str = DTYPE) -> Operand:
@@ -60,6 +61,7 @@ def every_kind() -> list[tuple]:
         row(),
         (linear, packed),
         (attention, heads),
+        (replace(attention, group=1), heads),
         (Embed(), table),
         (RowNorm(Norm("rms", 1e-5)), norm),
         (moe, experts),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,27 @@ def test_rows_and_columns_of_zeros(tmp_path):
     assert load(tmp_path / "out").logits([[1, 2, 3]])[0].isfinite().all()
 
 
+@pytest.mark.parametrize(("name", "scheme"), [("llama", "none"), ("gemma2", "int8"), ("gpt_oss", "int8-weight-only")])
+def test_an_int8_cache(name, scheme, tmp_path):
+    save_model(name, tmp_path / "model")
+    report = compile_model(tmp_path / "model", tmp_path / "out", quant=scheme, kv_dtype="int8", **OPTIONS)
+    assert report.verification.status == "passed"
+    assert [c.name for c in report.verification.checks][-1] == "int8 decode against its prefill"
+    assert report.quantization["kv_dtype"] == "int8" and report.quantization["scheme"] == scheme
+    assert {g.dtype for g in read_plan(tmp_path / "out").kv_groups} == {"int8"}
+    manifest = verify_artifact(tmp_path / "out")
+    assert (manifest.kv_dtype, manifest.quantization) == ("int8", scheme)
+
+
+def test_an_int8_cache_changes_nothing_else(model, tmp_path):
+    for kv_dtype in ("auto", "int8"):
+        compile_model(model, tmp_path / kv_dtype, kv_dtype=kv_dtype, verify=False, **OPTIONS)
+    plain, quantized = (read_plan(tmp_path / k) for k in ("auto", "int8"))
+    assert quantized == dataclasses.replace(
+        plain, kv_groups=tuple(dataclasses.replace(g, dtype="int8") for g in plain.kv_groups)
+    )
+
+
 TRAINED = Path(__file__).parents[2] / "examples/models/nano-llama"
 
 
@@ -147,6 +169,19 @@ def test_the_worst_linears_are_kept_to_meet_the_budget(tmp_path, text, monkeypat
     dtypes = [plan.weights[s.weights["weight"]].dtype for s in plan.steps if isinstance(s.spec, Linear)]
     assert 1 < dtypes.count("float32") < dtypes.count("int8"), "the head, and what was kept"
     assert verify_artifact(tmp_path / "out").quantization == "int8"
+
+
+def test_a_cache_that_costs_too_much_is_refused(tmp_path, text, monkeypatch):
+    monkeypatch.setattr("dscompile.compiler.quantize._perplexity", lambda path, _: 10.0 if "unq" in path.name else 10.5)
+    with pytest.raises(UserError, match=r"--kv-dtype int8 raises perplexity by 5\.00 %, more than .*leave it out"):
+        compile_model(TRAINED, tmp_path / "out", kv_dtype="int8", calibrate=text, target="cpu", max_seq_len=128)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_int8_cache_costs(tmp_path, text):
+    options = {"calibrate": text, "target": "cpu", "max_seq_len": 128, "max_perplexity_increase": 0.2}
+    report = compile_model(TRAINED, tmp_path / "out", kv_dtype="int8", **options)
+    assert report.quantization["linears"] == [] and 0 != report.quantization["increase_percent"] <= 0.2
 
 
 def test_a_budget_that_cannot_be_met_names_linears(tmp_path, text, monkeypatch):

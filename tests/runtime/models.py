@@ -49,6 +49,7 @@ class Shape:
     max_step_tokens: int = 64
     page_size: int = 4
     dtype: str = "float32"
+    kv_dtype: str = ""
 
     @property
     def bloom(self) -> bool:
@@ -121,7 +122,8 @@ class _Builder:
     def groups(self) -> tuple[KVGroup, ...]:
         s = self.s
         return tuple(
-            KVGroup(s.windows.count(w), s.kv_heads, s.head_dim, s.v_head_dim, s.dtype, w, s.chunk) for w in self.kinds
+            KVGroup(s.windows.count(w), s.kv_heads, s.head_dim, s.v_head_dim, s.kv_dtype or s.dtype, w, s.chunk)
+            for w in self.kinds
         )
 
     def buffers(self) -> dict[str, Buffer]:
@@ -279,6 +281,8 @@ def _attend(qkv: torch.Tensor, w: dict[str, torch.Tensor], s: Shape, layer: int)
         q, k = _rms(q, w[f"q_norm.{layer}"]), _rms(k, w[f"k_norm.{layer}"])
     if not s.bloom and s.rotary_dim:
         q, k = _rotate(q, w, s), _rotate(k, w, s)
+    if s.kv_dtype == "int8":
+        k, v = _as_int8(k), _as_int8(v)
     out = torch.zeros(n, s.heads, s.v_head_dim, dtype=torch.float64)
     for head in range(s.heads):
         kv = head * s.kv_heads // s.heads
@@ -293,6 +297,12 @@ def _attend(qkv: torch.Tensor, w: dict[str, torch.Tensor], s: Shape, layer: int)
             total = sum(map(math.exp, scores)) + (math.exp(float(w[f"sinks.{layer}"][head])) if s.sinks else 0.0)
             out[i, head] = sum(math.exp(a) / total * b for a, b in zip(scores, values, strict=True))
     return out.view(n, -1)
+
+
+def _as_int8(x: torch.Tensor) -> torch.Tensor:
+    """Each head of each token rounded to 255 values."""
+    step = x.abs().amax(-1, keepdim=True) / 127
+    return torch.round(x / step) * step
 
 
 def _visible(s: Shape, layer: int, i: int, j: int) -> bool:

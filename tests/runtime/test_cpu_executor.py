@@ -6,7 +6,7 @@ import torch
 from dscompile.runtime.cpu_executor import CpuExecutor
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.executor import Batch, BatchRow
-from dscompile.runtime.kv_cache import BlockTables
+from dscompile.runtime.kv_cache import BlockTables, block_bytes
 from dscompile.runtime.sampler import SamplingParams
 from dscompile.runtime.sequence import Sequence
 from tests.helpers import rms_ratio
@@ -80,6 +80,38 @@ def test_matches_dense_formulas(name, pieces):
     found = run_in_pieces(Driver(model), sequences, sizes)
     for tokens, logits in zip(sequences, found, strict=True):
         assert rms_ratio(logits, oracle(model, tokens)) < 3e-6
+
+
+@pytest.mark.parametrize("name", [n for n in OPTIONS if n != "page_of_one"])
+def test_int8_cache(name):
+    """In float64, where what is rounded differs too little to round otherwise."""
+    model = make_model(**OPTIONS[name], dtype="float64", kv_dtype="int8")
+    sequences = prompts([13, 1, 9], model.shape.vocab)
+    for sizes in ([13], [1] * 13, [3, 1, 5, 1, 1, 2]):
+        for tokens, logits in zip(sequences, run_in_pieces(Driver(model), sequences, sizes), strict=True):
+            assert rms_ratio(logits, oracle(model, tokens)) < 1e-6
+    assert rms_ratio(logits, oracle(make_model(**OPTIONS[name]), tokens)) > 1e-4, "nothing was rounded"
+
+
+def test_int8_cache_of_half_precision():
+    model = make_model(dtype="float16", kv_dtype="int8")
+    sequences = prompts([12, 5], model.shape.vocab)
+    for tokens, logits in zip(sequences, run_in_pieces(Driver(model), sequences, [6, 1, 5]), strict=True):
+        assert rms_ratio(logits, oracle(model, tokens)) < 1e-2
+
+
+def test_int8_cache_takes_half_of_float16():
+    half, eighth = (make_model(dtype="float16", kv_dtype=k, head_dim=64, v_head_dim=64).plan for k in ("", "int8"))
+    sizes = [sum(block_bytes(g, p.page_size) for g in p.kv_groups) for p in (half, eighth)]
+    assert sizes[1] / sizes[0] == (64 + 4) / 128
+
+
+def test_int8_cache_of_what_is_not_a_number():
+    """A token whose key or value is infinite spoils what sees it, and nothing before it."""
+    model = make_model(dtype="float32", kv_dtype="int8")
+    model.weights["embed"][5] = torch.inf
+    (logits,) = run_in_pieces(Driver(model), [[1, 2, 5, 3]], [1, 1, 1, 1])
+    assert logits[:2].isfinite().all() and logits[2:].isnan().all()
 
 
 def test_float64_reaches_rounding():

@@ -62,56 +62,95 @@ def weights(spec: Attention) -> dict[str, torch.Tensor]:
 
 
 class Cache:
-    """A paged pool as the plan lays it out, filled with history; blocks behind a window are not there."""
+    """A paged pool as the plan lays it out, filled with history; blocks behind a window are not there.
+
+    dtype int8: q in it, and scales behind it.
+    """
 
     def __init__(self, spec: Attention, sequences: tuple, page: int, dtype: torch.dtype) -> None:
-        self.spec, self.page = spec, page
+        self.spec, self.page, self.dtype = spec, page, dtype
         self.per_sequence = [math.ceil(length / page) for length, _ in sequences]
         self.k_size = spec.num_kv_heads * page * spec.head_dim
-        block = self.k_size + spec.num_kv_heads * page * spec.v_head_dim
+        self.size = self.k_size + spec.num_kv_heads * page * spec.v_head_dim
+        block = self.size + (8 * spec.num_kv_heads * page if dtype == torch.int8 else 0)
         order = torch.randperm(sum(self.per_sequence)) + 1
         self.tables = torch.zeros(len(sequences), max(self.per_sequence) + 2, dtype=torch.int32)
         for b, ids in enumerate(order.split(self.per_sequence)):
             self.tables[b, : len(ids)] = ids
-        self.pool = torch.full((len(order) + 1, LAYERS, block), float("nan"), dtype=dtype)
+        poison = 0x7F if dtype == torch.int8 else float("nan")  # scales of 3e38
+        self.pool = torch.full((len(order) + 1, LAYERS, block), poison, dtype=dtype)
 
     def slot(self, b: int, position: int) -> int:
         return int(self.tables[b, position // self.page]) * self.page + position % self.page
 
-    def views(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K [Hkv, D] and V [Hkv, Dv] of one slot."""
+    def views(self, slot: int) -> list[torch.Tensor]:
+        """K [Hkv, D] and V [Hkv, Dv] of one slot, and of an int8 cache their scales [Hkv]."""
         s, layer = self.spec, self.pool[slot // self.page, LAYER]
-        k = layer[: self.k_size].view(s.num_kv_heads, self.page, s.head_dim)
-        v = layer[self.k_size :].view(s.num_kv_heads, self.page, s.v_head_dim)
-        return k[:, slot % self.page], v[:, slot % self.page]
+        parts = [layer[: self.k_size], layer[self.k_size : self.size]]
+        if self.dtype == torch.int8:
+            parts += layer[self.size :].view(torch.float32).chunk(2)
+        return [part.view(s.num_kv_heads, self.page, -1)[:, slot % self.page].squeeze(-1) for part in parts]
+
+    def write(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fill a slot at random; returns what attention reads there, in float64."""
+        views = self.views(slot)
+        if self.dtype != torch.int8:
+            for view in views:
+                view.copy_(torch.randn(view.shape))
+        else:
+            for q, scale in zip(views[:2], views[2:], strict=True):
+                q.copy_(torch.randint(-127, 128, q.shape))
+                scale.copy_(torch.rand(scale.shape) / 64 + 1e-3)
+        return self.read(slot)
+
+    def read(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v, *scales = self.views(slot)
+        if scales:
+            k, v = (x.double() * scale.double()[:, None] for x, scale in zip((k, v), scales, strict=True))
+        return k.double(), v.double()
 
     def kernel_argument(self) -> torch.Tensor:
         return self.pool[0, LAYER]
 
 
-def check(spec: Attention, sequences: tuple, dtype: torch.dtype, page: int, decode: bool, pad: int = 0) -> None:
+def as_int8(x: torch.Tensor) -> torch.Tensor:
+    """Heads [.., D] rounded to 255 values each."""
+    step = x.abs().amax(-1, keepdim=True) / 127
+    return torch.where(step > 0, (x / step).round() * step, 0.0)
+
+
+def check(
+    spec: Attention,
+    sequences: tuple,
+    dtype: torch.dtype,
+    page: int,
+    decode: bool,
+    pad: int = 0,
+    kv_dtype: torch.dtype | None = None,
+) -> None:
     torch.manual_seed(0)
     count = sum(new for _, new in sequences) + pad
     sizes = {"q": spec.num_heads * spec.head_dim, "k": spec.num_kv_heads * spec.head_dim}
     sizes["v"] = spec.num_kv_heads * spec.v_head_dim
     tensors = {f"in.{x}": slice_of(count, width, dtype) for x, width in sizes.items()} | weights(spec)
     tensors["out.y"] = slice_of(count, spec.num_heads * spec.v_head_dim, dtype, float("nan"))
-    cache = Cache(spec, sequences, page, dtype)
+    kv_dtype = kv_dtype or dtype
+    cache = Cache(spec, sequences, page, kv_dtype)
     positions = torch.cat([torch.arange(length - new, length) for length, new in sequences])
     double = {k: v.double() for k, v in tensors.items()}
     real = count - pad
     q = oracle.heads(spec, {k: v[:real] if k[:3] == "in." else v for k, v in double.items()}, "q", positions)
     k = oracle.heads(spec, {k: v[:real] if k[:3] == "in." else v for k, v in double.items()}, "k", positions)
     v = double["in.v"][:real].reshape(real, spec.num_kv_heads, spec.v_head_dim)
+    if kv_dtype == torch.int8:
+        k, v = as_int8(k), as_int8(v)
     slots, expected, at = [], [], 0
     for b, (length, new) in enumerate(sequences):
         keys, values = [], []
         for p in range(length - new):
-            k_slot, v_slot = cache.views(cache.slot(b, p))
-            k_slot.copy_(torch.randn(k_slot.shape))
-            v_slot.copy_(torch.randn(v_slot.shape))
-            keys.append(k_slot.double())
-            values.append(v_slot.double())
+            old_k, old_v = cache.write(cache.slot(b, p))
+            keys.append(old_k)
+            values.append(old_v)
         slots += [cache.slot(b, p) for p in range(length - new, length)]
         keys = torch.stack([*keys, *k[at : at + new]])
         values = torch.stack([*values, *v[at : at + new]])
@@ -128,8 +167,8 @@ def check(spec: Attention, sequences: tuple, dtype: torch.dtype, page: int, deco
         "block_table": torch.cat([cache.tables, torch.zeros(pad, cache.tables.shape[1], dtype=torch.int32)]),
         "slots": torch.tensor(slots + [-1] * pad).int(),
     }
-    names = {torch.float16: "float16", torch.float32: "float32"}
-    group = KVGroup(LAYERS, spec.num_kv_heads, spec.head_dim, spec.v_head_dim, names[dtype], spec.window, spec.chunk)
+    name = str(kv_dtype).removeprefix("torch.")
+    group = KVGroup(LAYERS, spec.num_kv_heads, spec.head_dim, spec.v_head_dim, name, spec.window, spec.chunk)
     run(
         spec,
         tensors,
@@ -140,10 +179,14 @@ def check(spec: Attention, sequences: tuple, dtype: torch.dtype, page: int, deco
         extra={"kv": cache.kernel_argument()},
     )
     assert rms_ratio(tensors["out.y"][:real], torch.cat(expected)) <= TOLERANCE[dtype]
-    written = [cache.views(s) for s in slots]
-    assert rms_ratio(torch.stack([w[0] for w in written]), k) <= TOLERANCE[dtype]
-    assert rms_ratio(torch.stack([w[1] for w in written]), v) <= TOLERANCE[dtype]
-    assert cache.pool[:, [0, 2]].isnan().all(), "another layer was written"
+    written = [cache.read(s) for s in slots]
+    # Rounding to integers turns a last bit, here and there, into one step of 127.
+    limit = 2 * TOLERANCE[torch.float16] if kv_dtype == torch.int8 else TOLERANCE[dtype]
+    assert rms_ratio(torch.stack([w[0] for w in written]), k) <= limit
+    assert rms_ratio(torch.stack([w[1] for w in written]), v) <= limit
+    others = cache.pool[:, [0, 2]]
+    untouched = others == 0x7F if kv_dtype == torch.int8 else others.isnan()
+    assert untouched.all(), "another layer was written"
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -159,14 +202,23 @@ def test_ragged(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize(("name", "dtype"), [*((n, torch.float16) for n in SPECS), ("mha", torch.float32)], ids=str)
+def test_int8_cache(name: str, dtype: torch.dtype, decode: bool) -> None:
+    check(SPECS[name], DECODE if decode else RAGGED, dtype, 16, decode, kv_dtype=torch.int8)
+
+
+@pytest.mark.parametrize("decode", [True, False])
 @pytest.mark.parametrize("name", ["gqa", "window", "mha"])
 def test_large_pages(name: str, decode: bool) -> None:
     check(SPECS[name], DECODE if decode else RAGGED, torch.float16, 64, decode)
+    check(SPECS[name], DECODE if decode else RAGGED, torch.float16, 64, decode, kv_dtype=torch.int8)
 
 
 def test_one_sequence_is_cut_into_parts() -> None:
     check(SPECS["gqa"], ((500, 1),), torch.float32, 16, decode=True)
+    check(SPECS["gqa"], ((500, 1),), torch.float32, 16, decode=True, kv_dtype=torch.int8)
 
 
 def test_padding_rows_write_nothing_and_disturb_nothing() -> None:
     check(SPECS["gqa"], DECODE[:3], torch.float32, 16, decode=True, pad=2)
+    check(SPECS["gqa"], DECODE[:3], torch.float32, 16, decode=True, pad=2, kv_dtype=torch.int8)

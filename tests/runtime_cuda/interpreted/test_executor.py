@@ -82,6 +82,19 @@ def test_logits_are_those_of_the_cpu(llama, tmp_path):
         assert rms_ratio(a, b) < 1e-5
 
 
+def test_logits_over_an_int8_cache_are_those_of_the_cpu(tmp_path):
+    """Two groups, so that a layer's part of a block, and its scales, begin at every kind of place."""
+    sizes = {"hidden": 32, "heads": 4, "kv_heads": 1, "head_dim": 20, "v_head_dim": 12, "rotary_dim": 8, "layers": 3}
+    model = make_model(**sizes, inner=32, windows=(0, 5, 0), kv_dtype="int8")
+    engine, _ = simulated(model, tmp_path)
+    expected = Engine(CpuExecutor(model.plan, model.weights, 128)).logits(PROMPTS)
+    for a, b in zip(engine.logits(PROMPTS), expected, strict=True):
+        assert rms_ratio(a, b) < 1e-4
+    options = {"max_new_tokens": 6, "ignore_eos": True}
+    expected = Engine(CpuExecutor(model.plan, model.weights, 128)).generate(PROMPTS, **options)
+    assert [r.tokens for r in engine.generate(PROMPTS, **options)] == [r.tokens for r in expected]
+
+
 def test_a_steady_decode_step_copies_only_its_tokens(llama, tmp_path):
     engine, device = simulated(llama, tmp_path)
     for prompt in PROMPTS:
