@@ -41,6 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--quant", default="none", metavar="SCHEME", help="none, int8 or int8-weight-only")
     add("--kv-dtype", default="auto", metavar="TYPE", help="auto or int8")
     add("--quant-lm-head", action="store_true", help="quantize the head too")
+    static = "scales of activations from calibration, not one for each token"
+    add("--static-activations", action="store_true", help=static)
+    add("--rounding", default="nearest", metavar="HOW", help="of quantized weights: nearest or gptq")
     budget = "what quantization may cost in perplexity; default: 1"
     add("--max-perplexity-increase", type=float, metavar="PERCENT", help=budget)
     add("--calibrate", type=Path, metavar="FILE", help="text that quantization is calibrated on")

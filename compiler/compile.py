@@ -42,6 +42,8 @@ _PLAIN: dict[str, Any] = {
     "quant": "none",
     "kv_dtype": "auto",
     "quant_lm_head": False,
+    "static_activations": False,
+    "rounding": "nearest",
     "calibrate": None,
     "require_fusion": (),
 }
@@ -90,7 +92,7 @@ def _compile(
     progress.finish()
 
     quantizer = _quantizer(source, config, checkpoint, limits, progress, kept)
-    pipeline = quantizing(quantizer.passes()) if quantizer else PIPELINE
+    pipeline = quantizing(quantizer.passes(), quantizer.packed_passes(directory)) if quantizer else PIPELINE
     progress.start("passes", sum(len(phase.passes) for phase in pipeline), "passes")
     records = run_pipeline(graph, pipeline, config.dump_ir, lambda name: progress.advance())
     measured = tune(graph, dtype, config.targets, limits, progress) if config.tune else ()

@@ -11,11 +11,12 @@ import torch
 
 from dscompile.codegen.targets import capability, supports
 from dscompile.passes.lower.lower import Limits
-from dscompile.passes.quantize.schemes import SCHEMES
+from dscompile.passes.quantize.schemes import SCHEMES, STATIC
 from dscompile.runtime.errors import UserError
 
 DTYPES = ("float16", "bfloat16", "float32")
 QUANTIZATIONS = ("none", *SCHEMES)
+ROUNDINGS = ("nearest", "gptq")
 REGIONS = ("embed", "norm", "attn_in", "attention", "attn_out", "mlp_in", "mlp_out", "moe", "head", "sample")
 DEFAULT_MAX_BATCH = 64
 UNLIMITED_SEQ_LEN = 2048
@@ -31,6 +32,8 @@ class CompileConfig:
     max_batch:     most sequences in one step
     dummy_weights: None; "generated": the runtime makes them at load; "stored": random ones are written
     quant:         one of QUANTIZATIONS; quant_lm_head: the head too
+    static_activations: scales of activations from calibration, instead of one for each token
+    rounding:      of weights: one of ROUNDINGS
     kv_dtype:      "auto" (the activations') or "int8", of the KV cache
     calibrate:     text that quantization is calibrated on; None: one of our own
     max_perplexity_increase: in percent, what quantization may cost
@@ -43,6 +46,8 @@ class CompileConfig:
     kv_dtype: str = "auto"
     calibrate: Path | None = None
     quant_lm_head: bool = False
+    static_activations: bool = False
+    rounding: str = "nearest"
     max_perplexity_increase: float = 1.0
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
@@ -85,6 +90,7 @@ def parse_config(**options: Any) -> CompileConfig:
     _one_of("dtype", config.dtype, ("auto", *DTYPES))
     _one_of("quant", config.quant, QUANTIZATIONS)
     _one_of("kv_dtype", config.kv_dtype, ("auto", "int8"))
+    _one_of("rounding", config.rounding, ROUNDINGS)
     for name in config.require_fusion:
         _one_of("require_fusion", name, REGIONS)
     _check_available(config)
@@ -150,8 +156,12 @@ def _check_budget(percent: object) -> None:
 
 
 def _check_available(config: CompileConfig) -> None:
-    if config.quant == "none" and config.quant_lm_head:
-        raise UserError("quant_lm_head needs a scheme: give --quant int8 too")
+    if config.quant == "none" and (config.quant_lm_head or config.rounding != "nearest"):
+        raise UserError("quant_lm_head and rounding need a scheme: give --quant int8 too")
+    if config.static_activations and config.quant not in STATIC:
+        raise UserError("static_activations needs a scheme that quantizes activations: give --quant int8")
+    if config.static_activations and config.targets:
+        raise UserError("static_activations is not yet on a GPU: leave it out, or compile with --target cpu")
     if not config.quantizes and config.calibrate is not None:
         raise UserError("calibrate needs something to quantize: give --quant int8 too")
     if config.quant != "none" and config.targets:

@@ -105,6 +105,8 @@ def init_inference(
     quant: str = "none",
     kv_dtype: str = "auto",
     quant_lm_head: bool = False,
+    static_activations: bool = False,
+    rounding: str = "nearest",
     calibrate: str | os.PathLike[str] | None = None,
     tokenizer: Any = None,
     max_perplexity_increase: float | None = None,
@@ -118,7 +120,7 @@ def init_inference(
     tensor_parallel: number of GPUs, or DeepSpeed's {"tp_size": N}; mp_size is its older name
     dtype:           torch.float16, "float16" ...; None: the model's on a GPU, float32 on the CPU
     max_out_tokens:  longest sequence, prompt and new tokens; None: the model's own limit
-    quant, kv_dtype, quant_lm_head, calibrate, max_perplexity_increase: as compile_model's
+    quant, kv_dtype, quant_lm_head, static_activations, rounding, calibrate, max_perplexity_increase: as compile_model's
     tokenizer:       the model's, to read the text with that quantization is calibrated on and judged by
     cache_dir:       where artifacts are kept, by content; default: $XDG_CACHE_HOME/dscompile/inference
     DeepSpeed's options about kernel injection are accepted and have no effect: every model is compiled.
@@ -133,6 +135,8 @@ def init_inference(
         "quant": quant,
         "kv_dtype": kv_dtype,
         "quant_lm_head": quant_lm_head,
+        "static_activations": static_activations,
+        "rounding": rounding,
         "calibrate": calibrate,
         "max_perplexity_increase": max_perplexity_increase,
         "max_seq_len": max_out_tokens,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from dscompile.compiler.budget import NONE, BudgetMissed, Kept, worst_first
 from dscompile.compiler.calibration import CalibrationText
@@ -16,14 +16,17 @@ from dscompile.compiler.progress import Progress
 from dscompile.passes.graph import ModelGraph
 from dscompile.passes.quantize.calibrate import Trial, calibrate
 from dscompile.passes.quantize.choose import choose_linears
-from dscompile.passes.quantize.schemes import SCHEMES
+from dscompile.passes.quantize.packed import Regions, assume_inputs, round_weights, scale_inputs
+from dscompile.passes.quantize.schemes import SCHEMES, STATIC
 from dscompile.passes.quantize.sites import Site
 from dscompile.passes.quantize.smooth import LinearError, smooth_linears
+from dscompile.passes.quantize.walk import Values, leaves, walk
 from dscompile.passes.runner import Pass
 from dscompile.runtime import load
 from dscompile.runtime.perplexity import perplexity
 
 BATCH = 4
+ACTIVATIONS = {"none": "as they are", "token": "int8 per token", "tensor": "int8, static"}
 
 
 class Quantizer:
@@ -43,7 +46,7 @@ class Quantizer:
         kept: Kept = NONE,
     ) -> None:
         self.config = config
-        self.scheme = SCHEMES.get(config.quant)
+        self.scheme = (STATIC if config.static_activations else SCHEMES).get(config.quant)
         self.text = text
         self.kept = kept
         self.errors: list[LinearError] = []
@@ -57,6 +60,25 @@ class Quantizer:
         choose = choose_linears(self.scheme.spec, self.config.quant_lm_head, self.kept.names)
         return (choose, smooth_linears(self._calibrate, self.errors)) if self.text else (choose,)
 
+    def packed_passes(self, directory: Path) -> tuple[Pass, ...]:
+        """Those of the phase that need packed linears. directory: for files that are gone when the plan is."""
+        passes: list[Pass] = []
+        if self.config.static_activations:
+            passes.append(scale_inputs(self._walk if self.text else assume_inputs))
+        if self.config.rounding == "gptq" and self._read is not None:
+            passes.append(round_weights(self._walk, self._read, directory))
+        return tuple(passes)
+
+    def _walk(self, graph: ModelGraph, regions: Regions) -> Iterator[tuple[fx.Node, Values]]:
+        assert self.text and self._read, "there is nothing to run on"
+        self._progress.finish()
+        self._progress.start("calibration", len(regions), "linears")
+        for found in walk(graph, regions, self.text.windows, leaves(graph, self._read)):
+            yield found
+            self._progress.advance()
+        self._progress.finish()
+        self._progress.start("fusion")
+
     def _calibrate(self, graph: ModelGraph, sites: Sequence[Site]) -> list[list[Trial]]:
         assert self.text and self._read and self.scheme, "the pass runs only where there is a text"
         self._progress.finish()
@@ -69,6 +91,8 @@ class Quantizer:
     def report(self) -> dict[str, Any]:
         """The report's section: scheme, text, each linear's error, the worst first, and those kept as they are."""
         facts: dict[str, Any] = {"scheme": self.config.quant, "kv_dtype": self.config.kv_dtype}
+        if self.scheme is not None:
+            facts |= {"activations": ACTIVATIONS[self.scheme.spec.activations], "rounding": self.config.rounding}
         if self.text is None:
             return facts | {"calibration": "none: the weights are dummies"}
         facts |= {

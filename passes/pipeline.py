@@ -71,9 +71,15 @@ PIPELINE = (
 )
 
 
-def quantizing(passes: tuple[Pass, ...]) -> tuple[Phase, ...]:
-    """The pipeline with a phase `quantize`, the only one that changes what is computed; without passes, none."""
+def quantizing(passes: tuple[Pass, ...], packed: tuple[Pass, ...] = ()) -> tuple[Phase, ...]:
+    """The pipeline with a phase `quantize`, the only one that changes what is computed; without passes, none.
+
+    packed: passes that belong to it and run as soon as linears are packed
+    """
     if not passes:
         return PIPELINE
     *exact, fuse = PIPELINE
-    return (*exact, Phase("quantize", passes), fuse)
+    at = fuse.passes.index(pack_siblings) + 1
+    begin, end = Phase("fuse", fuse.passes[:at]), Phase("fuse", fuse.passes[at:])
+    phases = (begin, Phase("quantize", packed), end) if packed else (fuse,)
+    return (*exact, Phase("quantize", passes), *phases)

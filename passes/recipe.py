@@ -125,10 +125,14 @@ class ScaleRows:
 
 @dataclass(frozen=True)
 class Quantize:
-    """The rows of x [N, K] in int8: "q" [N, K], or "scale" [N] float32, the value of one step (see runtime.int8)."""
+    """The rows of x [N, K] in int8: "q" [N, K], or "scale" [N] float32, the value of one step (see runtime.int8).
+
+    rounded: the q, where it is not to be the nearest integers
+    """
 
     x: Recipe
     output: Literal["q", "scale"]
+    rounded: Recipe | None = None
 
 
 @dataclass(frozen=True)
@@ -264,6 +268,8 @@ def _rounded(recipe: Cast, lookup: Callable[[Source | Constant], Tensor]) -> Ten
 
 
 def _quantized(recipe: Quantize, lookup: Callable[[Source | Constant], Tensor]) -> Tensor:
+    if recipe.rounded is not None:
+        return evaluate(recipe.rounded, lookup)
     x = evaluate(recipe.x, lookup).float()
     scale = row_scales(x)
     if scale.isnan().any():

@@ -138,7 +138,7 @@ def _bind_product(
     weight_NK = weights["weight"]
     bias = weights["bias"].to(dtype) if spec.bias else None
     if spec.quantization is not None:
-        multiply = bind_int8(spec.quantization, weight_NK, weights["weight_scale"])
+        multiply = bind_int8(spec.quantization, weights)
         return _bind_sum(multiply, bias, target, added)
     pack = packed.onednn(weight_NK, rows) if packed else None
     if pack is not None:

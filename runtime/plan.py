@@ -73,9 +73,10 @@ class Quantization:
     activations "none":  p = (v @ q.T) * weight_scale + bias
     activations "token": each row of v is quantized too, s = max|v| / 127 (1 for a row of zeros), r = v / s rounded half
                          to even; p = (r @ q.T) * s * weight_scale + bias, the product in int32
+    activations "tensor": the same with one s, input_scale, for all rows; r is clamped to [-127, 127]
     """
 
-    activations: Literal["none", "token"] = "none"
+    activations: Literal["none", "token", "tensor"] = "none"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ class Linear:
     weights: weight [N, K]; bias [N] if `bias`; norm_weight, norm_bias, post_norm_weight, post_norm_bias [K];
              row_sum [N] float32 = sum over K of the stored weight, present exactly when norm.kind == "layer", the norm
              has no weight of its own and nothing is quantized, so that a kernel may normalise after the product;
-             weight_scale [N] float32 if `quantization`, and then weight is int8
+             weight_scale [N] float32 if `quantization`, and then weight is int8;
+             input_scale [1] float32 if quantization.activations == "tensor"
     out:     y0 .. yn, one per segment [T or R, width]; sum [T, K] if `store`
     """
 

@@ -165,6 +165,7 @@ def _linear(spec: Linear) -> tuple[dict, dict, dict]:
     weights |= _norm(spec.norm, "norm", k) | _norm(spec.post_norm, "post_norm", k)
     if spec.quantization is not None:
         weights["weight_scale"] = (n,)
+        weights |= {"input_scale": (1,)} if spec.quantization.activations == "tensor" else {}
     elif spec.norm is not None and spec.norm.kind == "layer" and not spec.norm.weight:
         weights["row_sum"] = (n,)
     return inputs, outputs, weights

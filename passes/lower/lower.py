@@ -19,6 +19,7 @@ from dscompile.passes.graph import ModelGraph
 from dscompile.passes.lower.fallback import fallback
 from dscompile.passes.lower.placement import Placement
 from dscompile.passes.lower.weights import WeightTable
+from dscompile.passes.quantize.packed import ROUNDED
 from dscompile.passes.recipe import Recipe
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.plan import (
@@ -230,9 +231,10 @@ class _Lowering:
         name, taken = prefix + "+".join(regions), {s.name for s in self.steps}
         name = next(n for n in (name, *(f"{name}.{i}" for i in range(1, len(taken) + 2))) if n not in taken)
         quantized = isinstance(spec, Linear) and spec.quantization is not None
-        bound = {r: self.weights.add(name, r, w) for r, w in weights.items() if not (quantized and r == "weight")}
+        own = ("weight", ROUNDED) if quantized else ()
+        bound = {r: self.weights.add(name, r, w) for r, w in weights.items() if r not in own}
         if quantized:
-            bound |= self.weights.add_int8(name, weights["weight"])
+            bound |= self.weights.add_int8(name, weights["weight"], weights.get(ROUNDED))
         elif isinstance(spec, Linear) and spec.norm and spec.norm.kind == "layer" and not spec.norm.weight:
             bound["row_sum"] = self.weights.add_row_sum(name, bound["weight"])
         self.steps.append(Step(name, spec, regions, layer, inputs, outputs, bound))

@@ -8,7 +8,7 @@ from dscompile.passes.graph import ModelGraph
 from dscompile.passes.recipe import Cast, Constant, Quantize, Recipe, RowSum, shape_of
 from dscompile.runtime.plan import Weight
 
-FLOAT32_ROLES = {"rope_cos", "rope_sin", "alibi_slopes", "sinks", "correction"}
+FLOAT32_ROLES = {"rope_cos", "rope_sin", "alibi_slopes", "sinks", "correction", "input_scale"}
 # How dummy weights are made by role; a norm's weight is ones and its bias zeros.
 INITIAL = dict.fromkeys(("weight", "table", "positions_table", "bias", "gate_up", "down"), "normal:0.02") | {
     "correction": "zeros"
@@ -35,11 +35,15 @@ class WeightTable:
         initial = "" if isinstance(source, Constant) else INITIAL.get(role, "zeros" if "bias" in role else "ones")
         return self._add(f"{step}.{role}", recipe, dtype, initial)
 
-    def add_int8(self, step: str, node: fx.Node) -> dict[str, str]:
-        """The names of the two weights that hold a quantized linear's: by role, weight and weight_scale."""
+    def add_int8(self, step: str, node: fx.Node, rounded: fx.Node | None) -> dict[str, str]:
+        """The names of the two weights that hold a quantized linear's: by role, weight and weight_scale.
+
+        rounded: its integers, if they are not to be the nearest
+        """
         source = self._graph.recipe(node)
+        q = Quantize(source, "q", self._graph.recipe(rounded) if rounded else None)
         return {
-            "weight": self._add(f"{step}.weight", Quantize(source, "q"), "int8", "int8"),
+            "weight": self._add(f"{step}.weight", q, "int8", "int8"),
             "weight_scale": self._add(f"{step}.weight_scale", Quantize(source, "scale"), "float32", INITIAL_SCALE),
         }
 

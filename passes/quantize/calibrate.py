@@ -1,4 +1,4 @@
-"""Runs a graph on text, each weight loaded when its node runs, and tries every smoothing on what the linears read."""
+"""Tries every smoothing on what the linears read when a graph runs on text."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from dscompile.passes.graph import ModelGraph, is_weight
+from dscompile.passes.graph import ModelGraph
 from dscompile.passes.quantize.scheme import Scheme
 from dscompile.passes.quantize.sites import Site
-from dscompile.passes.recipe import Constant, Source, evaluate
+from dscompile.passes.quantize.walk import leaves, walk
+from dscompile.passes.recipe import evaluate
 from dscompile.runtime.errors import UserError
 
 SAMPLED_ROWS = 512
-Lookup = Callable[[Source | Constant], Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,64 +47,17 @@ def calibrate(
 
     windows:  token ids, each a text of its own;  read: returns checkpoint tensors by name
     progress: called once per site
-    An activation is kept, for all windows, until its last reader has run; a weight only while its node runs.
     Raises UserError naming a weight or an input that holds NaN or infinity.
     """
-
-    def lookup(leaf: Source | Constant) -> Tensor:
-        return graph.constants[leaf.name] if isinstance(leaf, Constant) else read(leaf.name)
-
-    by_input = {site.x: i for i, site in enumerate(sites)}
+    lookup = leaves(graph, read)
+    by_linear = {site.linears[0]: i for i, site in enumerate(sites)}
     trials: list[list[Trial]] = [[] for _ in sites]
-    for node, values in _run(graph, set(by_input), windows, lookup):
-        site = sites[by_input[node]]
+    for node, values in walk(graph, {site.linears[0]: (site.x,) for site in sites}, windows, lookup):
+        site = sites[by_linear[node]]
         weights = [evaluate(graph.recipe(n.args[1]), lookup).float() for n in site.linears]
-        trials[by_input[node]] = _trials(site, values, weights, scheme)
+        trials[by_linear[node]] = _trials(site, [x for (x,) in values], weights, scheme)
         progress()
     return trials
-
-
-def _run(graph: ModelGraph, wanted: set[fx.Node], windows: Sequence[Sequence[int]], lookup: Lookup):
-    """Yield each wanted node with its value for every window, in order."""
-    remaining = _readers(wanted)
-    tokens = [torch.tensor([w]) for w in windows]
-    positions = [torch.arange(len(w))[None] for w in windows]
-    known: dict[fx.Node, list[Any]] = {graph.tokens: tokens, graph.positions: positions}
-    for node in graph.graph.nodes:
-        if node not in remaining:
-            continue
-        if node.op == "call_function":
-            weights = {n: evaluate(graph.recipe(n), lookup) for n in node.all_input_nodes if is_weight(n)}
-            weights = {n: w.float() if w.is_floating_point() else w for n, w in weights.items()}
-            known[node] = [_call(node, weights, known, i) for i in range(len(windows))]
-            for source in set(node.all_input_nodes) & known.keys():
-                remaining[source] -= 1
-                if not remaining[source]:
-                    del known[source]
-        if node in wanted:
-            yield node, known[node]
-
-
-def _call(node: fx.Node, weights: dict[fx.Node, Tensor], known: dict[fx.Node, list[Any]], window: int) -> Any:
-    find = lambda n: weights[n] if n in weights else known[n][window]  # noqa: E731
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), find)
-    return node.target(*args, **kwargs)
-
-
-def _readers(wanted: set[fx.Node]) -> dict[fx.Node, int]:
-    """The wanted nodes and all that they are computed from, each with how many of these read it."""
-    needed: dict[fx.Node, int] = {}
-    stack = list(wanted)
-    while stack:
-        node = stack.pop()
-        if node in needed:
-            continue
-        needed[node] = 0
-        stack += node.all_input_nodes
-    for node in needed:
-        for source in node.all_input_nodes:
-            needed[source] += 1
-    return needed
 
 
 def _trials(site: Site, values: list[Tensor], weights: list[Tensor], scheme: Scheme) -> list[Trial]:
@@ -126,7 +79,7 @@ def _trial(site: Site, exponent: float, x: Tensor, largest_K: Tensor, weights: l
     channels = torch.arange(len(largest_K)) if site.channels_K is None else site.channels_K
     scale = smoothing_scale(largest_K, _columns(weights), channels, exponent)
     s = scale[channels]
-    rounded = scheme.input(x / s)
+    rounded = scheme.input(x / s, (largest_K / s).max())
     errors, sqnr = [], []
     for weight in weights:
         exact = x @ weight.t()

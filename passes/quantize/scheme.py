@@ -16,11 +16,11 @@ class Scheme:
 
     spec:      what the plan says of each
     weight:    a weight [N, K] as the scheme represents it, in float32
-    input:     an input [M, K] as the scheme represents it
+    input:     an input [M, K] as the scheme represents it, given the largest value that calibration found in it
     exponents: those of SmoothQuant to be tried; 0 stands for no smoothing
     """
 
     spec: Quantization
     weight: Callable[[Tensor], Tensor]
-    input: Callable[[Tensor], Tensor]
+    input: Callable[[Tensor, Tensor], Tensor]
     exponents: tuple[float, ...]

@@ -8,6 +8,8 @@ from dscompile.passes.lower.lower import Lowered
 from dscompile.passes.recipe import Cast, Quantize, Recipe, RowSum
 from dscompile.runtime.plan import Linear, Plan, Step, Weight
 
+INT8_ROLES = ("weight_scale", "input_scale")
+
 
 def without_quantization(lowered: Lowered, dtype: str) -> Lowered:
     """A plan for the CPU with the steps of `lowered` in which every int8 weight is the unrounded one in `dtype`, and so
@@ -18,7 +20,7 @@ def without_quantization(lowered: Lowered, dtype: str) -> Lowered:
     def plain(step: Step) -> Step:
         if not isinstance(step.spec, Linear) or step.spec.quantization is None:
             return step
-        bound = {role: name for role, name in step.weights.items() if role != "weight_scale"}
+        bound = {role: name for role, name in step.weights.items() if role not in INT8_ROLES}
         source = lowered.recipes[bound["weight"]]
         assert isinstance(source, Quantize)
         recipes[bound["weight"]] = Cast(source.x, dtype)
@@ -30,6 +32,8 @@ def without_quantization(lowered: Lowered, dtype: str) -> Lowered:
         return dataclasses.replace(step, spec=dataclasses.replace(step.spec, quantization=None), weights=bound)
 
     steps = tuple(dataclasses.replace(plain(step), program="") for step in lowered.plan.steps)
+    used = {name for step in steps for name in step.weights.values()}
+    weights = {name: weight for name, weight in weights.items() if name in used}
     groups = tuple(dataclasses.replace(g, dtype=dtype) for g in lowered.plan.kv_groups)
     plan: Plan = dataclasses.replace(
         lowered.plan, steps=steps, weights=weights, kv_groups=groups, programs={}, kernels={}

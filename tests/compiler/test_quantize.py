@@ -109,6 +109,49 @@ def test_rows_and_columns_of_zeros(tmp_path):
     assert load(tmp_path / "out").logits([[1, 2, 3]])[0].isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["llama", "gptj", "qwen3_moe"])
+def test_static_activations(name, tmp_path):
+    """Packed linears and, in gptj, linears of a sum: each has one scale, of what it read on the calibration text."""
+    save_model(name, tmp_path / "model")
+    report = compile_model(tmp_path / "model", tmp_path / "out", quant="int8", static_activations=True, **OPTIONS)
+    assert report.verification.status == "passed" and report.quantization["activations"] == "int8, static"
+    plan, loaded = read_plan(tmp_path / "out"), load(tmp_path / "out").executor.weights
+    quantized = [s for s in plan.steps if isinstance(s.spec, Linear) and s.spec.quantization]
+    assert {s.spec.quantization for s in quantized} == {Quantization("tensor")}
+    scales = [loaded[s.weights["input_scale"]] for s in quantized]
+    assert all(s.shape == (1,) and 1e-4 < s.item() < 10 for s in scales)
+    assert len({s.item() for s in scales}) == len(scales)
+
+
+@pytest.mark.parametrize("kind", ["generated", "stored"])
+def test_static_activations_of_dummies(kind, tmp_path):
+    make_config(CONFIGS["llama"]).save_pretrained(tmp_path / "config")
+    options = OPTIONS | {"quant": "int8", "static_activations": True, "verify": False}
+    compile_model(tmp_path / "config", tmp_path / "out", dummy_weights=kind, **options)
+    assert load(tmp_path / "out").logits([[1, 2, 3]])[0].isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("llama", "int8"), ("gptj", "int8-weight-only")])
+def test_gptq(name, scheme, tmp_path):
+    """The same plan and the same scales; some integers differ, by little."""
+    save_model(name, tmp_path / "model")
+    for rounding in ("nearest", "gptq"):
+        report = compile_model(tmp_path / "model", tmp_path / rounding, quant=scheme, rounding=rounding, **OPTIONS)
+        assert report.verification.status == "passed" and report.quantization["rounding"] == rounding
+    plans = [read_plan(tmp_path / rounding) for rounding in ("nearest", "gptq")]
+    assert plans[0] == plans[1]
+    nearest, gptq = (load(tmp_path / rounding).executor.weights for rounding in ("nearest", "gptq"))
+    changed = 0
+    for name, weight in plans[0].weights.items():
+        if weight.dtype == "int8":
+            difference = (nearest[name].int() - gptq[name].int()).abs()
+            assert difference.max() <= 30
+            changed += int((difference > 0).any())
+        else:
+            assert torch.equal(nearest[name], gptq[name]), name
+    assert changed == sum(w.dtype == "int8" for w in plans[0].weights.values())
+
+
 @pytest.mark.parametrize(("name", "scheme"), [("llama", "none"), ("gemma2", "int8"), ("gpt_oss", "int8-weight-only")])
 def test_an_int8_cache(name, scheme, tmp_path):
     save_model(name, tmp_path / "model")

@@ -68,7 +68,10 @@ def _linear(activations: str, dtype: torch.dtype = torch.float32):
     w[3] = 0
     q, scale = int8.quantize_rows(w)
     bias = torch.randn(n, generator=generator)
-    return spec, {"x": x}, {"weight": q, "weight_scale": scale, "bias": bias}
+    weights = {"weight": q, "weight_scale": scale, "bias": bias}
+    if activations == "tensor":
+        weights["input_scale"] = torch.tensor([1.5 / 127])
+    return spec, {"x": x}, weights
 
 
 def _execute(spec, inputs, weights):
@@ -83,13 +86,17 @@ def test_weight_only_is_the_linear_of_the_stored_weight(dtype):
     assert rms_ratio(_execute(spec, inputs, weights), expected) < (1e-6 if dtype == torch.float32 else 1e-3)
 
 
-def test_by_token_is_integer_arithmetic():
-    spec, inputs, weights = _linear("token")
+@pytest.mark.parametrize("activations", ["token", "tensor"])
+def test_it_is_integer_arithmetic(activations):
+    """The static scale is too small for some inputs: they are clamped."""
+    spec, inputs, weights = _linear(activations)
     x = inputs["x"].double()
     v = torch.rms_norm(inputs["x"], (65,), eps=1e-5)
     scale = v.abs().amax(-1) / 127
     scale[4] = 1
-    r = (v / scale[:, None]).round().long()
+    scale = weights["input_scale"].expand(len(v)) if activations == "tensor" else scale
+    r = (v / scale[:, None]).round().clamp(-127, 127).long()
+    assert activations == "token" or (r.abs() == 127).sum() > 2 * len(v)
     product = r @ weights["weight"].long().T
     p = product.double() * scale.double()[:, None] * weights["weight_scale"].double() + weights["bias"].double()
     gate, up = p.chunk(2, -1)
@@ -98,7 +105,7 @@ def test_by_token_is_integer_arithmetic():
     assert x[4].eq(0).all() and actual.isfinite().all()
 
 
-@pytest.mark.parametrize("activations", ["none", "token"])
+@pytest.mark.parametrize("activations", ["none", "token", "tensor"])
 def test_residuals_are_added(activations):
     spec, inputs, weights = _linear(activations)
     plain = dataclasses.replace(spec, segments=(Segment(0, 34),), bias=False)
