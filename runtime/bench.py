@@ -22,7 +22,8 @@ def bench(engine: Any, batches: Sequence[int], prompt_tokens: int, new_tokens: i
     """Measure each batch size through `engine.generate`, host time included.
 
     returns: device, prompt_tokens, new_tokens, read_bandwidth (bytes/s, None on the CPU), and per batch size
-    prefill_ms, decode_step_ms and its deviation over the runs, tokens_per_second, bytes_per_step, bandwidth_fraction.
+    prefill_ms, decode_step_ms and its deviation over the runs, tokens_per_second, bytes_per_step, and on a GPU
+    bandwidth_fraction and gpu_idle, the part of a step's time in which its captured graph does not run.
     raises UserError for a batch size or a length the artifact was not compiled for.
     """
     _check(engine.plan, batches, prompt_tokens, new_tokens)
@@ -99,15 +100,44 @@ def kernel_times(engine: Any, batch: int, prompt_tokens: int, steps: int = 16) -
     ]
 
 
+def prefill_ms(engine: Any, batch: int, prompt_tokens: int, repeat: int) -> float:
+    """Median milliseconds of a call that generates one token for each of `batch` prompts, host time included."""
+    prompts = _prompts(engine.plan, batch, prompt_tokens)
+    for _ in range(WARM_UPS):
+        _generate(engine, prompts, 1)
+    return 1e3 * statistics.median(_seconds(lambda: _generate(engine, prompts, 1)) for _ in range(repeat))
+
+
+def gpu_idle(engine: Any, prompts: list[list[int]], new_tokens: int) -> float | None:
+    """The part of the time from one decode step to the next in which the GPU does not run the captured graph.
+
+    None where new_tokens are too few to tell.
+    """
+    requests = [engine.add_request(p, max_new_tokens=new_tokens, ignore_eos=True) for p in prompts]
+    try:
+        while any(len(r.new_tokens) < 2 for r in requests):
+            engine.step()
+        replays = engine.executor.watch_replays()
+        while not any(r.done for r in requests):
+            engine.step()
+    finally:
+        for request in requests:
+            engine.cancel(request)
+    torch.cuda.synchronize(engine.device)
+    if len(replays) < 3:
+        return None
+    steady = replays[1:]
+    busy = sum(begin.elapsed_time(end) for begin, end in steady[:-1])
+    return 1 - busy / steady[0][0].elapsed_time(steady[-1][0])
+
+
 def _measure(
     engine: Any, batch: int, prompt_tokens: int, new_tokens: int, repeat: int, bandwidth: float | None
 ) -> dict[str, Any]:
     prompts = _prompts(engine.plan, batch, prompt_tokens)
-    for _ in range(WARM_UPS):
-        _generate(engine, prompts, new_tokens)
-    first = [_seconds(lambda: _generate(engine, prompts, 1)) for _ in range(repeat)]
+    _generate(engine, prompts, new_tokens)
+    prefill = prefill_ms(engine, batch, prompt_tokens, repeat) / 1e3
     whole = [_seconds(lambda: _generate(engine, prompts, new_tokens)) for _ in range(repeat)]
-    prefill = statistics.median(first)
     steps = [(seconds - prefill) / (new_tokens - 1) for seconds in whole]
     step = statistics.median(steps)
     size = bytes_per_step(engine.plan, batch, prompt_tokens + new_tokens // 2)
@@ -119,6 +149,7 @@ def _measure(
         "tokens_per_second": batch / step,
         "bytes_per_step": size,
         "bandwidth_fraction": size / step / bandwidth if bandwidth else None,
+        "gpu_idle": gpu_idle(engine, prompts, new_tokens) if bandwidth else None,
     }
 
 

@@ -160,6 +160,7 @@ def _print_bench(result: dict[str, Any]) -> None:
         table.add_column(column, justify="right")
     if result["read_bandwidth"]:
         table.add_column("of read bandwidth", justify="right")
+        table.add_column("GPU idle", justify="right")
     for row in result["batches"]:
         cells = [
             str(row["batch"]),
@@ -170,6 +171,7 @@ def _print_bench(result: dict[str, Any]) -> None:
         ]
         if result["read_bandwidth"]:
             cells.append(f"{100 * row['bandwidth_fraction']:.1f}%")
+            cells.append("" if row["gpu_idle"] is None else f"{100 * row['gpu_idle']:.1f}%")
         table.add_row(*cells)
     console.print(table)
     if result["read_bandwidth"]:

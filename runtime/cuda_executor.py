@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,25 @@ class CudaExecutor:
         replay()
         self._last = Running(batch, seats, replay)
         return seats
+
+    def watch_replays(self) -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
+        """Put the replays of the decode step under way between two timing events each, until its batch changes.
+
+        returns: the list in which they gather; empty for ever where no decode step is under way
+        """
+        watched: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        if self._last is not None:
+            replay = self._last.replay
+
+            def watch() -> None:
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                replay()
+                end.record()
+                watched.append((begin, end))
+
+            self._last = replace(self._last, replay=watch)
+        return watched
 
     def _graph_size(self, num_rows: int) -> int:
         return next(size for size in self._graph_sizes if size >= num_rows)
