@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -220,6 +220,16 @@ class CudaExecutor:
             self._graphs[size, plain] = self._gpu.capture(run)
             self.counters["graphs"] += 1
         return self._graphs[size, plain]
+
+    def capture_steps(self, size: int, names: Collection[str]) -> Callable[[], None]:
+        """Some of the plan's steps as a graph of `size` rows, to be timed alone after a decode step of as many, whose
+        state it reads. It leaves the executor as it is; what it computes means nothing."""
+        part = self._bound.sized(size, only=names)
+        sizes = Sizes(size, size, size, self._state.layout.blocks)
+        with self._gpu.active():
+            part.launch(sizes, True, self._gpu.stream)
+            self._gpu.synchronize()
+            return self._gpu.capture(lambda: part.launch(sizes, True, self._gpu.stream))
 
     def _copy_logits(self, batch: Batch) -> list[torch.Tensor | None]:
         if self._output is None or not any(row.return_logits for row in batch.rows):
