@@ -37,11 +37,16 @@ def main() -> None:
 def measure_ours(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Measure every length of prompt and batch size of one model."""
     row: dict[str, Any] = {"model": name, "dtype": MODELS[name][1], "ours": [], "peers": []}
-    engine = load(artifact_of(name, folder, max(args.prompt) + args.new), device=args.device)
+    longest = max(args.prompt) + args.new
+    # The rest of the memory is left to the measurement of the bandwidth.
+    engine = load(
+        artifact_of(name, folder, longest), device=args.device, max_kv_tokens=max(args.batch) * (longest + 64)
+    )
     for prompt in args.prompt:
         row["ours"].append(bench(engine, args.batch, prompt, args.new, args.repeat))
         if args.kernels:
-            row["ours"][-1]["kernels"] = {b: kernel_times(engine, b, prompt) for b in args.batch}
+            ceiling = row["ours"][-1]["read_bandwidth"]
+            row["ours"][-1]["kernels"] = {b: kernel_times(engine, b, prompt, bandwidth=ceiling) for b in args.batch}
     del engine
     free_memory()
     return row
