@@ -61,7 +61,7 @@ def row_rule(spec: Linear, dtype: str) -> RowConfig:
     # Measured on an H200: short products want few rows a program, so that all multiprocessors stream; long or
     # tall ones want all of a row's first 4,096 columns under way before the wait.
     if gated or spec.in_features * spec.out_features <= 1 << 24:
-        return RowConfig(block_n=2, block_k=2048, prefetch=2)
+        return RowConfig(block_n=2, block_k=2048, prefetch=2 if gated else 1)
     return RowConfig(block_n=4, block_k=1024, prefetch=4)
 
 
