@@ -55,15 +55,17 @@ def number_tokens(graph: ModelGraph) -> None:
                 row = graph.graph.call_function(_aten.select.int, (graph.positions, 0, 0))
             row.meta = {**node.meta, "val": graph.positions.meta["val"][0]}
             node.replace_all_uses_with(row)
-            for user in [u for u in row.users if u.target is _aten.embedding.default and u.args[1] is row]:
-                _embed_batch(graph, user)
+    for node in list(graph.graph.nodes):
+        if node.target is _aten.embedding.default and node.meta["val"].ndim == 2:
+            _embed_batch(graph, node)
     graph.drop_dead()
 
 
 def _embed_batch(graph: ModelGraph, node: fx.Node) -> None:
-    """Let what adds w[0, 1, 2 ...] [T, D] to activations [1, T, D] add w[positions] [1, T, D]."""
-    with graph.graph.inserting_after(node):
-        batch = graph.graph.call_function(_aten.embedding.default, (node.args[0], graph.positions))
+    """Let what adds w[i] [T, D] to activations [1, T, D] add rows [1, T, D]."""
+    with graph.graph.inserting_before(node):
+        index = _call(graph, _aten.unsqueeze.default, (node.args[1], 0))
+        batch = graph.graph.call_function(_aten.embedding.default, (node.args[0], index))
     batch.meta = {**node.meta, "val": node.meta["val"].unsqueeze(0)}
     for user in list(node.users):
         if torch.Tag.pointwise in getattr(user.target, "tags", ()) and user.meta["val"].ndim == 3:
