@@ -1,17 +1,19 @@
-"""What int8 costs in perplexity: on models as they are, and on a Llama with outlier channels.
+"""What int8 costs in perplexity, on models as they are and on a Llama with outlier channels, and what space it takes.
 
     python -m benchmarks.quantization --models DIR,DIR --texts FILE,FILE --calibrate FILE [--outliers DIR]
 
 Perplexity is that of `dsrun perplexity`, on windows of 512 tokens, in float32 on the CPU. The outliers of
 `benchmarks.outliers` leave the model's function as it is; "rounded" is that model with each linear's input and weight
-rounded as int8 does, but nothing folded or smoothed.
+rounded as int8 does, but nothing folded or smoothed. Bytes are those of the plan's weights in float16.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +22,52 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks.machine import RESULTS, write_result
+from benchmarks.models import MODELS, ONE_GPU
 from benchmarks.outliers import KINDS, inject
 from dscompile.compiler import compile_model
 from dscompile.passes.quantize.int8 import rounded
 from dscompile.runtime import load
+from dscompile.runtime.artifact import read_plan
 from dscompile.runtime.perplexity import perplexity
+from dscompile.runtime.plan import Linear, Plan
 
 WINDOW = 512
 RUNS: dict[str, dict[str, Any]] = {
     "none": {},
     "int8": {"quant": "int8"},
     "int8-weight-only": {"quant": "int8-weight-only"},
+    "none, int8 cache": {"kv_dtype": "int8"},
+    "int8, int8 cache": {"quant": "int8", "kv_dtype": "int8"},
+    "int8-weight-only, int8 cache": {"quant": "int8-weight-only", "kv_dtype": "int8"},
     "int8 with the head": {"quant": "int8", "quant_lm_head": True},
+    "int8, gptq": {"quant": "int8", "rounding": "gptq"},
+    "int8-weight-only, gptq": {"quant": "int8-weight-only", "rounding": "gptq"},
+    "int8, static": {"quant": "int8", "static_activations": True},
 }
 
 
 def main() -> None:
     args = _parse()
-    models = [measure(Path(d), RUNS, args) for d in args.models.split(",")]
-    outliers = []
-    if args.outliers:
-        for kind in KINDS:
-            with tempfile.TemporaryDirectory() as scratch:
-                model = inject(kind, args.outliers, Path(scratch) / f"{args.outliers.name} with outliers: {kind}")
-                row = measure(model, {name: RUNS[name] for name in ("none", "int8")}, args)
-                row["increase_percent"]["rounded"] = _increases(row["perplexity"]["none"], _rounded(model, args))
-                outliers.append(row)
-                print(json.dumps(row["increase_percent"]), flush=True)
     command = "python -m benchmarks.quantization --models DIR,... --texts FILE,... --calibrate FILE --outliers DIR"
-    data = {"command": command, "windows": args.windows, "models": models, "outliers": outliers}
-    print(write_result("quantization", data, args.out))
+    data: dict[str, Any] = {"command": command, "windows": args.windows, "bytes": {}, "models": [], "outliers": []}
+    for name in ONE_GPU:
+        data["bytes"][name] = sizes(name)
+    for directory in args.models.split(","):
+        data["models"].append(measure(Path(directory), RUNS, args))
+        write_result("quantization", data, args.out)
+    for kind in KINDS if args.outliers else ():
+        data["outliers"].append(with_outliers(kind, args))
+        write_result("quantization", data, args.out)
+
+
+def with_outliers(kind: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What `measure` finds on a model with outliers, and what rounding alone costs there."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model = inject(kind, args.outliers, Path(scratch) / f"{args.outliers.name} with outliers: {kind}")
+        row = measure(model, {name: RUNS[name] for name in ("none", "int8")}, args)
+        row["increase_percent"]["rounded"] = _increases(row["perplexity"]["none"], _rounded(model, args))
+    print(json.dumps(row["increase_percent"]), flush=True)
+    return row
 
 
 def measure(model: Path, runs: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
@@ -57,8 +75,8 @@ def measure(model: Path, runs: dict[str, dict[str, Any]], args: argparse.Namespa
     found: dict[str, dict[str, float]] = {}
     for name, options in runs.items():
         with tempfile.TemporaryDirectory() as scratch:
-            calibrate = {"calibrate": args.calibrate, "max_perplexity_increase": 1000} if options else {}
-            compile_model(model, Path(scratch) / "out", target="cpu", **options, **calibrate)
+            calibrate = {"calibrate": args.calibrate} if options else {}
+            compile_model(model, Path(scratch) / "out", target="cpu", verify=False, **options, **calibrate)
             engine = load(Path(scratch) / "out")
             found[name] = {
                 text.stem: float(
@@ -70,6 +88,33 @@ def measure(model: Path, runs: dict[str, dict[str, Any]], args: argparse.Namespa
     increases = {name: _increases(found[base], found[name]) for name in others}
     print(json.dumps({"model": model.name, "increase_percent": increases}), flush=True)
     return {"model": model.name, "perplexity": found, "increase_percent": increases}
+
+
+def sizes(name: str) -> dict[str, float]:
+    """Bytes of a large model's weights, and what part of float16's quantized linears and the whole model take."""
+    plans = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        MODELS[name][0]().save_pretrained(Path(scratch) / name)
+        for kind, options in {"float16": {}, "int8": {"quant": "int8", "quant_lm_head": True}}.items():
+            common = {"target": "cpu", "dtype": "float16", "dummy_weights": True, "verify": False}
+            compile_model(Path(scratch) / name, Path(scratch) / kind, **common, **options)
+            plans[kind] = read_plan(Path(scratch) / kind)
+    whole = {kind: _bytes(plan, plan.weights) for kind, plan in plans.items()}
+    steps = [s for s in plans["int8"].steps if isinstance(s.spec, Linear) and s.spec.quantization]
+    names = {s.weights[role] for s in steps for role in ("weight", "weight_scale")}
+    elements = sum(math.prod(plans["int8"].weights[s.weights["weight"]].shape) for s in steps)
+    found = {
+        **whole,
+        "linears": _bytes(plans["int8"], names) / (2 * elements),
+        "whole": whole["int8"] / whole["float16"],
+    }
+    print(json.dumps({name: found}), flush=True)
+    return found
+
+
+def _bytes(plan: Plan, names: Iterable[str]) -> int:
+    weights = (plan.weights[name] for name in names)
+    return sum(math.prod(w.shape) * getattr(torch, w.dtype).itemsize for w in weights)
 
 
 def _increases(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
