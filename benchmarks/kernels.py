@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.kernel_shapes import ATTENTIONS, LINEARS, attention_operands, linear_operands
 from dscompile.codegen.aot import KernelError, compile_kernels
-from dscompile.codegen.attention_kernels import decode_request
+from dscompile.codegen.attention_kernels import DecodeConfig, decode_request
 from dscompile.codegen.emit import KernelRequest
 from dscompile.codegen.linear_kernels import row_request, tile_request, tile_spec
 from dscompile.codegen.operands import KernelContext, Operands
@@ -34,6 +34,18 @@ from dscompile.runtime.plan import Attention, KVGroup, Linear
 
 TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 L2_BYTES = 300 << 20
+# Keys of a step, pipeline depth, warps.
+DECODE_SHAPES = (
+    (16, 2, 1),
+    (32, 1, 1),
+    (64, 1, 2),
+    (16, 3, 2),
+    (32, 3, 4),
+    (64, 1, 4),
+    (64, 2, 8),
+    (128, 2, 4),
+    (128, 2, 8),
+)
 ERROR_LIMIT = {"float16": 2e-3, "bfloat16": 1e-2}
 
 
@@ -327,18 +339,10 @@ def attention_entry(
     for splits in (1, 2, 4, 8, 16, 32):
         if not 16 <= batch * spec.num_kv_heads * splits <= 2048 and splits > 1:
             continue
-        for keys, stages, warps in (
-            (64, 3, 4),
-            (32, 4, 4),
-            (128, 2, 4),
-            (64, 2, 4),
-            (128, 2, 8),
-            (64, 4, 8),
-            (32, 3, 2),
-        ):
-            request, arguments = decode_request(spec, operands, here, splits, keys=keys, stages=stages, num_warps=warps)
-            config = {"splits": splits, "keys": keys, "stages": stages, "num_warps": warps}
-            found.append(Candidate(request, arguments.args, (batch, spec.num_kv_heads, splits), config))
+        for keys, stages, warps in DECODE_SHAPES:
+            config = DecodeConfig(splits, keys, stages, warps)
+            request, arguments = decode_request(spec, operands, here, config)
+            found.append(Candidate(request, arguments.args, (batch, spec.num_kv_heads, splits), asdict(config)))
     kernels.prepare([c.request for c in found])
     first, runs = None, []
     for c in found:

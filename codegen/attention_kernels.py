@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from dscompile.codegen.emit import KernelRequest, kernel_request
 from dscompile.codegen.operands import Arguments, KernelContext, Operands, ceil_div, next_power_of_2
 from dscompile.codegen.targets import capability
@@ -26,8 +28,9 @@ def attention_program(
     cases: list[Case] = []
     sizes = {"parts": 0, "moments": 0, "arrivals": 0}
     for low, high in DECODE_RANGES:
-        splits = _splits(spec, low, context)
-        request, arguments = decode_request(spec, operands, context, splits)
+        config = decode_config(spec, operands, context, low, high or context.max_batch)
+        splits = config.splits
+        request, arguments = decode_request(spec, operands, context, config)
         requests.append(request)
         grid = (Extent(1, "B"), Extent(spec.num_kv_heads), Extent(splits))
         cases.append(Case(low, high, (Launch("kernel", request.name, arguments.args, grid),), decode=True))
@@ -43,11 +46,36 @@ def attention_program(
     return Program(tuple(cases), scratch), tuple(requests)
 
 
-def _splits(spec: Attention, sequences: int, context: KernelContext) -> int:
-    """Parts to cut a sequence's keys into so that two programs a multiprocessor run."""
-    wanted = 2 * min(num_sms(t) for t in context.targets) // (sequences * spec.num_kv_heads)
-    longest = spec.window or context.max_seq_len
-    return max(1, min(wanted, MAX_SPLITS, ceil_div(longest, 64)))
+@dataclass(frozen=True)
+class DecodeConfig:
+    """attention_decode: parts a sequence's keys may be cut into, keys of a step, pipeline depth."""
+
+    splits: int
+    keys: int
+    stages: int = 3
+    num_warps: int = 4
+
+
+def decode_config(spec: Attention, operands: Operands, context: KernelContext, low: int, high: int) -> DecodeConfig:
+    """The configuration for steps of `low` to `high` sequences, each with one token.
+
+    A program spends most of its time waiting. Measured on an H200: where there are many tasks (a sequence's key-value
+    head each), programs of one warp with few keys, of which a multiprocessor holds many; where there are few, long
+    steps of wide programs, the keys cut into parts that fill the GPU.
+    """
+    sms = min(num_sms(t) for t in context.targets)
+    tasks, columns = spec.num_kv_heads * high, max(spec.head_dim, spec.v_head_dim)
+    longest = ceil_div(spec.window or context.max_seq_len, 64)
+    splits = max(1, min(2 * sms // (low * spec.num_kv_heads), MAX_SPLITS, longest))
+    if _multiplies_in_registers(operands, context) or context.kv_groups[spec.group].dtype == "int8":
+        return DecodeConfig(splits, _keys(spec, operands, context))
+    if tasks >= 512:
+        return DecodeConfig(max(1, min(1024 // tasks, longest)), 16 if columns > 64 else 32, 2, 1)
+    if columns > 128 or 64 <= tasks < 256:
+        return DecodeConfig(splits, 64 if columns <= 256 else 32, 1)
+    wide = DecodeConfig(splits, 128, 2, 8 if tasks >= 256 else 4)
+    fits = 2 * wide.keys * wide.stages * 2 * next_power_of_2(columns) <= 0.9 * context.shared_budget
+    return wide if fits else DecodeConfig(splits, 64, 2)
 
 
 def _numbers(spec: Attention, operands: Operands, context: KernelContext) -> dict:
@@ -118,15 +146,10 @@ def decode_request(
     spec: Attention,
     operands: Operands,
     context: KernelContext,
-    splits: int,
-    keys: int = 0,
-    stages: int = 3,
-    num_warps: int = 4,
+    config: DecodeConfig,
 ) -> tuple[KernelRequest, Arguments]:
-    """The kernel for steps in which every sequence has one token, and its arguments.
-
-    splits: parts a sequence's keys may be cut into; keys: of a step (0: by the width of a head)
-    """
+    """The kernel for steps in which every sequence has one token, and its arguments."""
+    splits, keys = config.splits, config.keys
     arguments = Arguments(operands)
     arguments.bind("in.q", "in.k", "in.v")
     _bind_norms(arguments, spec, "qk")
@@ -139,13 +162,21 @@ def decode_request(
     arguments.bind("blocks")
     group = spec.num_heads // spec.num_kv_heads
     use_dot = group > 1 or operands["in.q"].dtype != "float32"
-    keys = keys or _keys(spec, operands, context)
     numbers = _numbers(spec, operands, context) | _norm_numbers(spec)
     numbers |= {"GP": max(16, next_power_of_2(group)) if use_dot else 1, "BN": keys, "SPLITS": splits}
-    numbers["STAGES"] = stages
+    numbers["STAGES"] = config.stages
+    if splits > 1:
+        padded, most = next_power_of_2(group), next_power_of_2(splits)
+        each = 1024 * config.num_warps // (padded * int(numbers["DVP"]))
+        numbers |= {"GM": padded, "SPLITS_P": most, "EACH": max(1, min(most, each))}
     structure = _structure(spec, operands) | {"use_dot": use_dot, "one_page": context.page_size % keys == 0}
     request = kernel_request(
-        "attention_decode", numbers, arguments.params, structure=structure, num_warps=num_warps, num_stages=stages
+        "attention_decode",
+        numbers,
+        arguments.params,
+        structure=structure,
+        num_warps=config.num_warps,
+        num_stages=config.stages,
     )
     return request, arguments
 
