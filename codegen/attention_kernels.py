@@ -10,7 +10,7 @@ from dscompile.codegen.targets import capability
 from dscompile.codegen.tuned_table import num_sms
 from dscompile.runtime.int8 import SMALLEST
 from dscompile.runtime.kv_cache import block_elements
-from dscompile.runtime.plan import Attention, Case, Extent, Launch, Program, Scratch
+from dscompile.runtime.plan import Attention, Case, Extent, KVGroup, Launch, Program, Scratch
 
 # Ranges of sequences with a number of splits each.
 DECODE_RANGES = ((1, 1), (2, 4), (5, 8), (9, 16), (17, 32), (33, 64), (65, 0))
@@ -98,10 +98,27 @@ def _numbers(spec: Attention, operands: Operands, context: KernelContext) -> dic
         "WINDOW": spec.window,
         "CHUNK": spec.chunk,
     } | {f"{r[-1].upper()}_STRIDE": operands[r].stride for r in ("in.q", "in.k", "in.v", "out.y")}
-    if group.dtype == "int8":
-        skip = tokens * (spec.head_dim + spec.v_head_dim)
-        numbers |= {"SCALES": skip, "UNIT": VALUE_UNIT, "SMALLEST": SMALLEST}
-    return numbers
+    return numbers | (_int8_numbers(numbers, group, page, operands["in.q"].dtype) if group.dtype == "int8" else {})
+
+
+def _int8_numbers(numbers: dict, group: KVGroup, page: int, dtype: str) -> dict:
+    """What differs where kernels see the cache as pairs of columns, and half a head is an operand of its own."""
+    tokens = group.num_kv_heads * page
+    return {
+        "DP": max(32, numbers["DP"]),
+        "DVP": max(32, numbers["DVP"]),
+        "BLOCK_STRIDE": numbers["BLOCK_STRIDE"] // 2,
+        "V_OFFSET": numbers["V_OFFSET"] // 2,
+        "DTYPE": dtype,
+        "SCALES": tokens * (group.head_dim + group.v_head_dim) // 2,
+        "UNIT": VALUE_UNIT,
+        "SMALLEST": SMALLEST,
+    }
+
+
+def _kv_type(spec: Attention, context: KernelContext) -> str:
+    dtype = context.kv_groups[spec.group].dtype
+    return "int16" if dtype == "int8" else dtype
 
 
 def _norm_numbers(spec: Attention) -> dict:
@@ -138,7 +155,7 @@ def _bind_attention(
     if spec.rotary_dim and rope:
         arguments.bind("w.rope_cos", "w.rope_sin", "step.positions")
     arguments.bind(*["w.alibi_slopes"] * spec.alibi, *["w.sinks"] * spec.sinks)
-    arguments.bind_memory("kv", context.kv_groups[spec.group].dtype)
+    arguments.bind_memory("kv", _kv_type(spec, context))
     arguments.bind(*step)
 
 
@@ -187,7 +204,7 @@ def _append_launch(spec: Attention, operands: Operands, context: KernelContext) 
     _bind_norms(arguments, spec, "k")
     if spec.rotary_dim:
         arguments.bind("w.rope_cos", "w.rope_sin", "step.positions")
-    arguments.bind_memory("kv", context.kv_groups[spec.group].dtype)
+    arguments.bind_memory("kv", _kv_type(spec, context))
     arguments.bind("step.slots")
     numbers = _numbers(spec, operands, context) | _norm_numbers(spec)
     each = min(next_power_of_2(spec.num_kv_heads), max(1, 2048 // int(numbers["DP"])))

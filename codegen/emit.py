@@ -19,6 +19,7 @@ TRITON_TYPE = {
     "bfloat16": "bf16",
     "int64": "i64",
     "int32": "i32",
+    "int16": "i16",
     "int8": "i8",
     "uint8": "u8",
 }

@@ -370,10 +370,10 @@ class KVGroup:
     A block holds `page_size` tokens of every layer of the group: [layers, K [num_kv_heads, page_size, head_dim] then
     V [num_kv_heads, page_size, v_head_dim]], contiguous.
 
-    dtype "int8": each token's k and v, as they would be stored otherwise, are quantized per head by
-    runtime.int8.quantize_rows, and attention reads q * scale, of the step's own tokens too. A layer's part of a block
+    dtype "int8": each token's rotated k and its v are quantized per head as by runtime.int8.quantize_rows, and
+    attention reads q * scale, of the step's own tokens too. A layer's part of a block
     then ends in the scales, float32: K's [num_kv_heads, page_size], V's [num_kv_heads, page_size]; page_size is a
-    multiple of 4.
+    multiple of 4, and head_dim and v_head_dim are even.
     """
 
     num_layers: int

@@ -79,7 +79,10 @@ def _check_limits(plan: Plan) -> None:
         _dtype(group.dtype)
         sizes = (group.num_layers, group.num_kv_heads, group.head_dim, group.v_head_dim)
         _need(min(sizes) > 0, "a KV group has no size")
-        _need(group.dtype != "int8" or plan.page_size % 4 == 0, "an int8 cache needs pages of a multiple of 4 tokens")
+        whole_words = plan.page_size % 4 == group.head_dim % 2 == group.v_head_dim % 2 == 0
+        _need(
+            group.dtype != "int8" or whole_words, "an int8 cache needs pages of a multiple of 4 tokens and even heads"
+        )
 
 
 def _check_encoder(plan: Plan, hidden: Ref, samples: int) -> None:

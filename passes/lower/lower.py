@@ -178,6 +178,9 @@ class _Lowering:
     def _attention(self, node: fx.Node) -> None:
         q, k, v, _, weights, spec = node.args
         shape = (spec.num_kv_heads, spec.head_dim, spec.v_head_dim, self.kv_dtype, spec.window, spec.chunk)
+        if self.kv_dtype == "int8" and (spec.head_dim % 2 or spec.v_head_dim % 2):
+            odd = f"{spec.head_dim} and {spec.v_head_dim} columns"
+            raise UserError(f"{node.name} has heads of {odd}: an int8 cache takes even numbers; leave out kv_dtype")
         same = [i for i, g in enumerate(self.groups) if KVGroup(g.num_layers, *shape) == g]
         number = same[0] if same else len(self.groups)
         if not same:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig
+from transformers import BertConfig, BloomConfig
 
 from dscompile.compiler import compile_model
 from dscompile.compiler.budget import BudgetMissed, Kept
@@ -171,6 +171,15 @@ def test_an_int8_cache_changes_nothing_else(model, tmp_path):
     assert quantized == dataclasses.replace(
         plain, kv_groups=tuple(dataclasses.replace(g, dtype="int8") for g in plain.kv_groups)
     )
+
+
+def test_odd_heads_have_no_int8_cache(tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 18, "num_hidden_layers": 1, "num_attention_heads": 6}
+    BloomConfig(**{"n_layer": 1, "n_head": 6} | sizes, architectures=["BloomForCausalLM"]).save_pretrained(
+        tmp_path / "m"
+    )
+    with pytest.raises(UserError, match=r"has heads of 3 and 3 columns.*leave out kv_dtype"):
+        compile_model(tmp_path / "m", tmp_path / "out", kv_dtype="int8", target="cpu", dummy_weights=True)
 
 
 TRAINED = Path(__file__).parents[2] / "examples/models/nano-llama"

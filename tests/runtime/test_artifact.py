@@ -159,6 +159,12 @@ def with_step(plan, index, **fields):
     return dataclasses.replace(plan, steps=tuple(steps))
 
 
+def with_int8_cache(plan, **fields):
+    return dataclasses.replace(
+        plan, kv_groups=tuple(dataclasses.replace(g, dtype="int8", **fields) for g in plan.kv_groups)
+    )
+
+
 INCONSISTENT = {
     "buffer": (lambda p: with_step(p, 1, inputs={"x": Ref("nowhere", 0, 24)}), "buffer 'nowhere'"),
     "columns": (lambda p: with_step(p, 1, inputs={"x": Ref("h", 1, 25)}), "columns 1:25"),
@@ -168,6 +174,7 @@ INCONSISTENT = {
     "shape": (lambda p: with_step(p, 0, weights={"table": "final.weight"}), "'table' is"),
     "program": (lambda p: with_step(p, 0, program="gone"), "program 'gone'"),
     "group": (lambda p: dataclasses.replace(p, kv_groups=()), "KV group 0"),
+    "int8 cache": (lambda p: dataclasses.replace(with_int8_cache(p), page_size=2), "multiple of 4"),
     "sample": (lambda p: dataclasses.replace(p, steps=p.steps[:-1]), "sample step"),
     "limits": (lambda p: dataclasses.replace(p, page_size=0), "page_size"),
 }

@@ -110,7 +110,8 @@ class Cache:
         return k.double(), v.double()
 
     def kernel_argument(self) -> torch.Tensor:
-        return self.pool[0, LAYER]
+        layer = self.pool[0, LAYER]
+        return layer.view(torch.int16) if self.dtype == torch.int8 else layer
 
 
 def as_int8(x: torch.Tensor) -> torch.Tensor:
