@@ -1,4 +1,4 @@
-"""Chooses the linears that are quantized: all but the head, a router and what is told to stay."""
+"""Chooses the linears that are quantized: all but the head, routers, experts and what is told to stay."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ def choose_linears(
     """Return the pass. head: take the head too; keep: names of weights whose linears stay as they are."""
 
     def check(graph: ModelGraph, node: fx.Node) -> str | None:
+        if node.target is vocabulary.moe:
+            return "experts stay as they are in this version"
         if node is _head(graph) and not head:
             return "the head stays as it is without --quant-lm-head"
         if any(u.target is vocabulary.moe and u.args[1] is node for u in node.users):
@@ -32,7 +34,8 @@ def choose_linears(
     def rewrite(graph: ModelGraph, node: fx.Node) -> None:
         node.meta[QUANTIZATION] = quantization
 
-    rule = Rule("x W -> x int8(W)", lambda graph, n: n if n.target is vocabulary.linear else None, rewrite, check)
+    kinds = {vocabulary.linear, vocabulary.moe}
+    rule = Rule("x W -> x int8(W)", lambda graph, n: n if n.target in kinds else None, rewrite, check)
 
     def choose(graph: ModelGraph, log: Log) -> None:
         apply_rule(rule, graph, log)

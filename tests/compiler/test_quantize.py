@@ -52,6 +52,8 @@ def test_models_compile(name, scheme, tmp_path):
     assert all(spec.quantization in (None, wanted) for spec in specs.values())
     assert {n for n in kept if "layers" not in n} == {"head"}
     assert len(kept) == (3 if name == "qwen3_moe" else 1), "beside the head only routers"
+    reasons = {m.reason for c in report.classes for m in c.near_misses}
+    assert ("experts stay as they are in this version" in reasons) == (name == "qwen3_moe")
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
@@ -93,6 +95,19 @@ def test_weights_that_are_not_numbers_are_named(model, tmp_path, value):
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.down_proj\.weight.*NaN or inf"):
         compile_model(broken, tmp_path / "out", quant="int8", **OPTIONS)
     assert not (tmp_path / "out").exists()
+
+
+def test_activations_that_are_not_numbers_are_named(tmp_path):
+    """Finite weights whose gated product is not: 1e30 times 1e30."""
+    save_model("llama", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    for name in ("gate_proj", "up_proj"):
+        tensors[f"model.layers.1.mlp.{name}.weight"] *= 1e30
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    message = r"the input of model\.layers\.1\.mlp\.down_proj\.weight holds NaN or infinity"
+    with pytest.raises(UserError, match=message) as caught:
+        compile_model(tmp_path / "model", tmp_path / "out", quant="int8", **OPTIONS)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_rows_and_columns_of_zeros(tmp_path):

@@ -135,10 +135,19 @@ def test_unknown_architecture(model_copy, tmp_path, capsys) -> None:
         (("--require-fusion", "moe"), "moe"),
         (("--dummy-weights=wrong",), "--dummy-weights"),
         (("--calibrate", "nowhere.txt"), "calibrate"),
+        (("--quant", "int8", "--calibrate", "nowhere.txt"), "nowhere.txt"),
+        (("--quant", "int8", "--calibrate", "/dev/null"), "is empty"),
+        (("--quant", "int8", "--calibrate", MODEL / "model.safetensors"), "not UTF-8 text"),
+        (("--quant", "int8", "--calibrate", MODEL / "config.json"), "less than one window"),
+        (("--quant", "int8", "--max-perplexity-increase", "-1"), "max_perplexity_increase"),
+        (("--quant", "int8", "--rounding", "down"), "rounding"),
+        (("--static-activations",), "--quant int8"),
+        (("--quant-lm-head",), "--quant int8"),
+        (("--kv-dtype", "fp8"), "fp8"),
         (("--tensor-parallel", "3"), "parallel"),
         (("--bogus",), "--bogus"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_bad_options(options, word, tmp_path, capsys) -> None:
     refuse_compile(MODEL, tmp_path, capsys, word, options=options)

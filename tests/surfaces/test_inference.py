@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dscompile.compiler import inference
 from dscompile.compiler.inference import InferenceModel, init_inference
 from dscompile.runtime.errors import UserError
+from dscompile.runtime.report import read_report
 from tests.surfaces.conftest import MODEL
 
 
@@ -101,6 +102,38 @@ def test_a_changed_weight_compiles_anew(original, compiled, cache, monkeypatch) 
         with torch.no_grad():
             weight.copy_(saved)
     assert sorted(path.name for path in cache.iterdir()) == [compiled.artifact.name]
+
+
+def test_quantization_is_that_of_the_compiler(original, tmp_path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text((Path(__file__).parents[2] / "docs/architecture.md").read_text())
+    options = {"quant": "int8", "kv_dtype": "int8", "quant_lm_head": True, "calibrate": text, "max_out_tokens": 64}
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = init_inference(original, tokenizer=tokenizer, target="cpu", cache_dir=tmp_path / "cache", **options)
+    found = read_report(model.artifact).quantization
+    assert (found["scheme"], found["kv_dtype"], found["calibration"]) == ("int8", "int8", "text.txt")
+    assert len(found["linears"]) == 7 * original.config.num_hidden_layers + 1 and "increase_percent" in found
+    assert model.generate(PROMPTS["input_ids"][:1], max_new_tokens=4).shape[1] == PROMPTS["input_ids"].shape[1] + 4
+
+
+def test_another_text_compiles_anew(original, tmp_path, monkeypatch) -> None:
+    asked = []
+
+    def stop(checkpoint, artifact, **options):
+        asked.append((artifact.name, options["calibrate"].read_text(), (Path(checkpoint) / "tokenizer.json").exists()))
+        raise UserError("enough")
+
+    monkeypatch.setattr(inference, "compile_model", stop)
+    text = tmp_path / "text.txt"
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    for content in ("one", "one", "two"):
+        text.write_text(content)
+        with pytest.raises(UserError):
+            init_inference(
+                original, tokenizer=tokenizer, calibrate=text, quant="int8", target="cpu", cache_dir=tmp_path
+            )
+    (first, *_), (again, *_), (other, *_) = asked
+    assert first == again != other and asked[2][1:] == ("two", True)
 
 
 def test_refusals(original, compiled, cache) -> None:

@@ -125,7 +125,10 @@ def test_page_holds_every_region_node_miss_and_figure() -> None:
 QUANTIZATION = {
     "scheme": "int8",
     "increase_percent": 0.12,
+    "kv_dtype": "int8",
     "linears": [{"weight": "layers.0.<b>", "sqnr_db": 31.25, "exponent": 0.5}],
+    "kept": [{"weight": "layers.1.<i>", "sqnr_db": 12.75, "exponent": 0.0}],
+    "kept_because": "perplexity grew by 1.90 % with none kept",
 }
 
 
@@ -135,7 +138,8 @@ def test_quantization_is_shown() -> None:
     print_report(report, Console(file=stream, width=120))
     page = Page(render_html(report))
     for words in (" ".join(stream.getvalue().split()), " ".join(" ".join(page.words).split())):
-        assert "increase percent 0.12" in words
+        assert "increase percent 0.12" in words and "kv dtype int8" in words
+        assert "kept as" in words and "layers.1.<i>" in words and "12.8 dB" in words and "by 1.90 %" in words
         assert "layers.0.<b>" in words and "31.2 dB" in words
     assert page.open == []
 
