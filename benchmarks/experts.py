@@ -42,7 +42,7 @@ def main() -> None:
         role: Operand(str(t.dtype).removeprefix("torch."), t.stride(0), tuple(t.shape)) for role, t in tensors.items()
     }
     context = KernelContext((args.target,), 16, 512, 1, 2048, ())
-    programs = [moe_program(SPEC, operands, context, tile, tile) for tile in TILES]
+    programs = [moe_program(SPEC, operands, context, tile) for tile in TILES]
     kernels = Kernels(args.target, args.processes)
     kernels.prepare([r for _, requests in programs for r in requests if "_row" in r.name])
     bandwidth = read_bandwidth()

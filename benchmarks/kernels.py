@@ -25,8 +25,9 @@ from dscompile.codegen.aot import KernelError, compile_kernels
 from dscompile.codegen.attention_kernels import DecodeConfig, decode_request
 from dscompile.codegen.emit import KernelRequest
 from dscompile.codegen.linear_kernels import row_request, tile_request, tile_spec
-from dscompile.codegen.operands import KernelContext
+from dscompile.codegen.operands import KernelContext, Operands
 from dscompile.codegen.tune import row_candidates, tile_candidates
+from dscompile.codegen.tuned_table import RowConfig, TileConfig
 from dscompile.runtime.driver import Driver, PreparedLaunch
 from dscompile.runtime.kernels import KernelTable
 from dscompile.runtime.plan import Attention, KVGroup, Linear
@@ -210,25 +211,31 @@ class LinearProblem:
 
 def linear_candidates(spec: Linear, dtype: str, tokens: int, context: KernelContext, limit: int) -> list[Candidate]:
     operands = linear_operands(spec, dtype)
-    found = []
-    if tokens == 1:
-        for config in row_candidates(spec)[:limit]:
-            request, arguments, programs = row_request(spec, operands, config)
-            found.append(Candidate(request, arguments.args, (programs, 1, 1), asdict(config)))
-        return found
-    for config in tile_candidates(spec, max(8, tokens), context)[:limit]:
-        request, arguments, tiles = tile_request(spec, operands, config)
-        grid = (-(-tokens // config.block_t), tiles, int(request.constexprs["SPLITS"]))
-        found.append(Candidate(request, arguments.args, grid, asdict(config)))
-    return found
+    configs = row_candidates(spec) if tokens == 1 else tile_candidates(spec, max(8, tokens), context)
+    return [linear_candidate(spec, operands, config, tokens) for config in configs[:limit]]
+
+
+def linear_candidate(spec: Linear, operands: Operands, config: RowConfig | TileConfig, tokens: int) -> Candidate:
+    """The kernel of a configuration, launched for `tokens` rows."""
+    if isinstance(config, RowConfig):
+        request, arguments, programs = row_request(spec, operands, config)
+        return Candidate(request, arguments.args, (programs, 1, 1), asdict(config))
+    request, arguments, tiles = tile_request(spec, operands, config)
+    grid = (-(-tokens // config.block_t), tiles, int(request.constexprs["SPLITS"]))
+    return Candidate(request, arguments.args, grid, asdict(config))
+
+
+def linear_scratch() -> dict[str, torch.Tensor]:
+    """Scratch that is large enough for every candidate."""
+    scratch = {"parts": torch.empty(64 << 20, device="cuda"), "moments": torch.empty(16 << 20, device="cuda")}
+    return scratch | {"arrivals": torch.zeros(1 << 20, device="cuda", dtype=torch.int32)}
 
 
 def bench_linears(args: argparse.Namespace, kernels: Kernels, context: KernelContext, deadline: float) -> list[dict]:
     pools = {d: torch.empty(1_100_000_000, device="cuda", dtype=TORCH[d]).normal_() for d in ("float16", "bfloat16")}
     for pool in pools.values():
         pool *= 0.02
-    scratch = {"parts": torch.empty(64 << 20, device="cuda"), "moments": torch.empty(16 << 20, device="cuda")}
-    scratch["arrivals"] = torch.zeros(1 << 20, device="cuda", dtype=torch.int32)
+    scratch = linear_scratch()
     results = []
     for tokens in args.tokens:
         work = [(m, r, tile_spec(s, tokens)) for m in args.models for r, s in LINEARS[m][1].items()]

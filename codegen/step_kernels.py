@@ -6,10 +6,13 @@ from dscompile.codegen.emit import KernelRequest, Param, kernel_request
 from dscompile.runtime.cuda_state import MAX_EOS_IDS, StateLayout
 from dscompile.runtime.plan import Case, Extent, Launch, Plan, Program, Sample, Scratch, Symbol
 
-BLOCK = 2048  # vocabulary ids of a program, at most
-CHUNK = 256  # ids that are compared with all thresholds at a time
-WAYS = 16  # parts into which one launch divides the interval of a threshold
-PASSES = 8  # launches until an interval of 2^31 is down to one: ceil(... ceil(2^31 / 16) ... / 16) = 1
+BLOCK = 1024  # vocabulary ids of a program, at most
+NUM_WARPS = 8
+BINS = 2048  # parts into which one launch divides the interval of a threshold
+BIN_SHIFT = 17  # the first launch's: 64 between a distance and its double,
+FIRST_BIN = (127 - 25) << (23 - BIN_SHIFT)  # from 2^-25 up, and so to 2^7, from where no id is ever chosen
+LIST = 4096  # ids of the last part that the last launch searches without reading the row again
+CHUNK = 1024  # of them at a time
 STATE_BLOCK = 128
 INFINITY_BITS = 0x7F800000
 
@@ -23,10 +26,12 @@ TYPES = {
     "min_p": "*fp32",
     "best": "*fp32",
     "raw_best": "*fp32",
-    "raw": "*fp32",
     "mass": "*fp32",
     "row_floats": "*fp32",
+    "row_mass": "*i64",
+    "histogram": "*i64",
 }
+ZEROED = ("arrived", "histogram", "listed")
 ROW_STATE = "step.seats step.sample_rows"
 PENALTIES = "step.context_lens step.repetition_penalty step.min_position step.eos_ids step.seen"
 
@@ -70,7 +75,7 @@ class _Sampling:
     """The programs that choose tokens from logits [R, V] whose rows are `stride` elements apart."""
 
     def __init__(self, plan: Plan, stride: int) -> None:
-        block = min(BLOCK, max(CHUNK, 1 << (plan.vocab_size - 1).bit_length()))
+        block = min(BLOCK, max(256, 1 << (plan.vocab_size - 1).bit_length()))
         self._splits = -(-plan.vocab_size // block)
         self._seen_words = StateLayout.of(plan).seen_words
         self._constants = {
@@ -87,44 +92,42 @@ class _Sampling:
         return self._program([kernel], "best token mass"), [kernel[0]]
 
     def full(self) -> tuple[Program, list[KernelRequest]]:
-        """Open the search, narrow it twice as often as one filter needs, choose."""
-        penalties = {"MAX_EOS_IDS": MAX_EOS_IDS, "SEEN_WORDS": self._seen_words}
-        rows = "scratch.row_floats scratch.row_ints"
-        head = f"in.logits {ROW_STATE} {PENALTIES} {rows} step.temperature"
-        start = self._kernel(
-            "sample_start",
-            f"{head} step.top_k step.top_p scratch.best scratch.raw_best scratch.mass",
-            penalties | {"INFINITY_BITS": INFINITY_BITS},
-            num_warps=8,
-        )
-        narrow = self._kernel(
-            "sample_narrow",
-            f"{head} step.top_k step.top_p scratch.mass",
-            penalties | {"WAYS": WAYS, "CHUNK": CHUNK},
-        )
+        """Open the search, narrow it twice, end it and choose."""
+        constants = {"MAX_EOS_IDS": MAX_EOS_IDS, "SEEN_WORDS": self._seen_words, "INFINITY_BITS": INFINITY_BITS}
+        bins = constants | {"BINS": BINS, "BIN_SHIFT": BIN_SHIFT, "FIRST_BIN": FIRST_BIN}
+        rows = "scratch.row_floats scratch.row_ints scratch.row_mass"
+        head = f"in.logits {ROW_STATE} {PENALTIES} {rows} step.temperature step.top_p"
+        start = self._kernel("sample_start", f"{head} step.top_k scratch.best scratch.raw_best scratch.mass", constants)
+        narrow = [
+            self._kernel("sample_narrow", f"{head} scratch.histogram", bins, {"first": first})
+            for first in (True, False)
+        ]
+        lists = "scratch.listed scratch.list_bits scratch.list_token"
         choose = self._kernel(
             "sample_choose",
-            f"{head} step.min_p step.seed step.sampled step.logprobs scratch.best scratch.token scratch.raw",
-            penalties,
-            num_warps=8,
+            f"{head} step.min_p step.seed step.sampled step.logprobs scratch.best scratch.token {lists}",
+            constants | {"LIST": LIST, "CHUNK": CHUNK},
         )
-        launches = [start, *[narrow] * (2 * PASSES), choose]
-        program = self._program(launches, "best raw_best token raw mass row_floats row_ints")
-        return program, [start[0], narrow[0], choose[0]]
+        kernels = [start, *narrow, choose]
+        names = "best raw_best token mass row_floats row_ints row_mass histogram listed list_bits list_token"
+        return self._program(kernels, names), [request for request, _ in kernels]
 
-    def _kernel(self, template: str, args: str, constants: dict, num_warps: int = 4) -> tuple[KernelRequest, Launch]:
+    def _kernel(
+        self, template: str, args: str, constants: dict, structure: dict | None = None
+    ) -> tuple[KernelRequest, Launch]:
         args += " scratch.arrived"
-        request = _request(template, args, self._constants | constants, num_warps=num_warps)
+        request = _request(template, args, self._constants | constants, num_warps=NUM_WARPS, structure=structure or {})
         grid = (Extent(self._splits), Extent(1, "B"))
         return request, Launch("kernel", request.name, tuple(args.split()), grid)
 
     def _program(self, kernels: list[tuple[KernelRequest, Launch]], scratch: str) -> Program:
-        sizes = {"row_floats": 16, "row_ints": 16, "mass": 4 * self._splits * WAYS}
+        sizes = {"row_floats": 8, "row_ints": 16, "row_mass": 16, "histogram": 8 * BINS}
+        sizes |= {"listed": 4, "list_bits": 4 * LIST, "list_token": 4 * LIST, "arrived": 4}
         return Program(
             (Case(1, 0, tuple(launch for _, launch in kernels)),),
-            (
-                *(Scratch(name, "B", sizes.get(name, 4 * self._splits)) for name in scratch.split()),
-                Scratch("arrived", "B", 4, zeroed=True),
+            tuple(
+                Scratch(name, "B", sizes.get(name, 4 * self._splits), zeroed=name in ZEROED)
+                for name in [*scratch.split(), "arrived"]
             ),
         )
 

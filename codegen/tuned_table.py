@@ -48,29 +48,37 @@ def num_sms(target: str) -> int:
 
 
 def row_config(spec: Linear, dtype: str, context: KernelContext) -> RowConfig:
-    """The configuration for one row."""
+    """The configuration for one row: as measured, or by rule."""
     entry = _measured(context, spec, dtype, 1)
-    if entry:
-        return RowConfig(**entry)
+    return RowConfig(**entry) if entry else row_rule(spec, dtype)
+
+
+def row_rule(spec: Linear, dtype: str) -> RowConfig:
+    """The configuration for one row of a shape that is in no table."""
     gated = any(s.gated for s in spec.segments)
     if dtype == "float32":
         return RowConfig(block_n=4 if gated else 2, block_k=1024)
     # Measured on an H200: short products want few rows a program, so that all multiprocessors stream; long or
     # tall ones want all of a row's first 4,096 columns under way before the wait.
     if gated or spec.in_features * spec.out_features <= 1 << 24:
-        return RowConfig(block_n=2, block_k=2048, prefetch=2)
+        return RowConfig(block_n=2, block_k=2048, prefetch=2 if gated else 1)
     return RowConfig(block_n=4, block_k=1024, prefetch=4)
 
 
 def tile_config(spec: Linear, dtype: str, tokens: int, context: KernelContext) -> TileConfig:
-    """The configuration for tiles of `tokens` tokens, within the shared memory of every target.
-
-    By rule: the tallest tile that still occupies most multiprocessors, the columns of a long product shared where
-    even the lowest tile does not, and as many bytes under way as the shared memory holds.
-    """
+    """The configuration for tiles of `tokens` tokens, within the shared memory of every target."""
     entry = _measured(context, spec, dtype, tokens)
     if entry and _fits(TileConfig(**entry), spec, context):
         return TileConfig(**entry)
+    return tile_rule(spec, dtype, tokens, context)
+
+
+def tile_rule(spec: Linear, dtype: str, tokens: int, context: KernelContext) -> TileConfig:
+    """The configuration for tiles of a shape that is in no table.
+
+    The tallest tile that still occupies most multiprocessors, the columns of a long product shared where even the
+    lowest tile does not, and as many bytes under way as the shared memory holds.
+    """
     sms = min(num_sms(t) for t in context.targets)
     block_t = max(8, next_power_of_2(tokens))
     lowest = 32 if block_t <= 16 else 64

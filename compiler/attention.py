@@ -139,9 +139,17 @@ AttentionInterface.register(IMPLEMENTATION, _attention_function)
 
 def use_opaque_attention(model: nn.Module) -> None:
     """Send every module that asks transformers' registries for its attention or its experts through the seam."""
+    use_opaque_experts(model)
+    _choose(model, "_attn_implementation_internal", IMPLEMENTATION)
+
+
+def use_opaque_experts(model: nn.Module) -> None:
+    """Send every module that asks transformers' registry for its experts through the seam."""
     experts.read_experts(model)
+    _choose(model, "_experts_implementation_internal", experts.IMPLEMENTATION)
+
+
+def _choose(model: nn.Module, setting: str, implementation: str) -> None:
     for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
-        if hasattr(config, "_attn_implementation_internal"):
-            config._attn_implementation_internal = IMPLEMENTATION
-        if hasattr(config, "_experts_implementation_internal"):
-            config._experts_implementation_internal = experts.IMPLEMENTATION
+        if hasattr(config, setting):
+            setattr(config, setting, implementation)

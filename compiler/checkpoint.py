@@ -100,6 +100,16 @@ class Checkpoint:
                     f"{list(source.shape)}; the two are of different models"
                 )
 
+    def require_values(self, values: dict[str, Tensor]) -> None:
+        """Raise UserError for the first tensor that is stored with other values than these."""
+        for name, value in values.items():
+            entry = self._entries.get(name)
+            if entry is not None and not torch.equal(self.read(name).to(value.dtype), value):
+                raise UserError(
+                    f"{entry.file}: {name!r} holds other values than the model's code gives it, and dscompile read the "
+                    f"attention's mask from the code; save the model again with transformers"
+                )
+
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU. Raises UserError naming the file if it cannot be read."""
         entry = self._entries[name]

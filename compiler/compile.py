@@ -88,6 +88,8 @@ def _compile(
     graph = trace_model(source.config, limits.max_seq_len)
     num_params = count_parameters(graph)
     checkpoint = None if config.dummy_weights else Checkpoint(source.directory, build_on_meta(source.config))
+    if checkpoint:
+        checkpoint.require_values({name: graph.buffers[name] for name in graph.assumed})
     dtype = resolve_dtype(config, checkpoint.dtype if checkpoint else source.dtype())
     progress.finish()
 

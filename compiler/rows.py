@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 _aten = torch.ops.aten
 _RESHAPES = (_aten.reshape.default, _aten.view.default)
+_EXAMPLE_TOKENS = 13
 _ROWWISE = (_aten.linear.default, _aten.layer_norm.default, _aten.rms_norm.default, _aten.gelu.default)
 
 
@@ -53,13 +54,18 @@ def _is_rowwise(node: fx.Node, batched: dict[fx.Node, fx.Node]) -> bool:
 
 def _on_batched(graph: fx.Graph, node: fx.Node, batched: dict[fx.Node, fx.Node]) -> fx.Node | None:
     """A copy of a node on the twins of its inputs; None if its result is not [1, ...] of the node's."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: batched.get(n, n).meta["val"])
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _example(batched.get(n, n)))
     assert callable(node.target), "only call_function nodes come here"
-    value = node.target(*args, **kwargs)
-    shape = node.meta["val"].shape
-    if value.ndim != len(shape) + 1 or any(bool(a != b) for a, b in zip(value.shape[1:], shape, strict=True)):
+    if node.target(*args, **kwargs).shape != (1, *_example(node).shape):
         return None
     with graph.inserting_after(node):
         copy = graph.node_copy(node, lambda n: batched.get(n, n))
-    copy.meta = {**node.meta, "val": value}
+    copy.meta = {**node.meta, "val": node.meta["val"].unsqueeze(0)}
     return copy
+
+
+def _example(node: fx.Node) -> Tensor:
+    """A tensor without data like a node's. Its number of tokens is not symbolic: torch 2.11 multiplies no such ones."""
+    value = node.meta["val"]
+    shape = [s if isinstance(s, int) else _EXAMPLE_TOKENS for s in value.shape]
+    return torch.empty(shape, dtype=value.dtype, device="meta")

@@ -42,7 +42,7 @@ class ModelSource:
         path = self.directory / GENERATION_CONFIG
         given = read_json(path).get("eos_token_id") if path.is_file() else None
         if given is None:
-            given = self.config.get_text_config(decoder=True).eos_token_id
+            given = getattr(self.config.get_text_config(decoder=True), "eos_token_id", None)
         return () if given is None else tuple(given) if isinstance(given, list) else (int(given),)
 
     def max_seq_len(self) -> int | None:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig
 
 from dscompile.compiler.adapters import adapt
-from dscompile.compiler.attention import tracing, use_opaque_attention
+from dscompile.compiler.attention import tracing, use_opaque_attention, use_opaque_experts
 from dscompile.compiler.encoders import check_visibility, first_position, is_encoder
 from dscompile.compiler.model import build_on_meta
 from dscompile.compiler.quiet import quiet
 from dscompile.compiler.rotary import freeze_rotary
 from dscompile.compiler.rows import restore_batch
 from dscompile.passes.check_tokens import check_tokens
+from dscompile.passes.find_attention import find_attentions, number_tokens
 from dscompile.passes.graph import ModelGraph
+from dscompile.passes.read_scores import UnreadableScores
 from dscompile.passes.recipe import Constant, Source
 from dscompile.runtime.errors import UserError
 
@@ -34,18 +39,43 @@ def trace_model(config: PretrainedConfig, max_seq_len: int) -> ModelGraph:
     model's state_dict; tied weights share one. Buffers that no checkpoint stores, and constants, keep their values.
     Raises UserError for a model whose attention is not understood, or in which another operator mixes tokens.
     """
+    try:
+        return _trace(config, max_seq_len, use_opaque_attention, _check_attention)
+    except _UnseenAttention as reason:
+        unseen = str(reason)
+    try:
+        return _trace(config, max_seq_len, use_opaque_experts, _find_attention)
+    except UnreadableScores as error:
+        raise UserError(f"{unseen}, and {error}; {_ADVICE}") from error
+    except _UnseenAttention:
+        raise UserError(f"{unseen}; {_ADVICE}") from None
+
+
+_ADVICE = "write an adapter in compiler/adapters"
+
+
+class _UnseenAttention(UserError):
+    """The model's attention does not come through the seam."""
+
+
+def _trace(
+    config: PretrainedConfig,
+    max_seq_len: int,
+    prepare: Callable[[nn.Module], None],
+    check: Callable[[ModelGraph, PretrainedConfig], None],
+) -> ModelGraph:
     model = build_on_meta(config)
     _refuse_convolutions(model)
     adapt(model)
     freeze_rotary(model, max_seq_len)
-    use_opaque_attention(model)
+    prepare(model)
     values = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.device.type != "meta"}
     encoder = is_encoder(config)
     program = _export(model.to("meta"), _Hidden if encoder else _Logits)  # type: ignore[arg-type]
     graph = _with_named_weights(program, model, values, max_seq_len)
     graph.is_encoder = encoder
     _simplify(graph)
-    _check_attention(graph, config)
+    check(graph, config)
     return graph
 
 
@@ -60,17 +90,37 @@ def _refuse_convolutions(model: nn.Module) -> None:
                 )
 
 
+class _ScalarsAsOperators(TorchFunctionMode):
+    """Traces torch.tensor(number) as an operator: a constant made while tracing on the meta device has no value."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and args and isinstance(args[0], bool | int | float):
+            known = {name: kwargs[name] for name in ("dtype", "device") if name in kwargs}
+            return torch.full((), args[0], **known)
+        return func(*args, **kwargs)
+
+
 class _Logits(nn.Module):
     """The model as a function of tokens and positions."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        parameters = inspect.signature(model.forward).parameters
+        flags = {"use_cache": False, "return_dict": True}
+        self.options = {name: value for name, value in flags.items() if _accepts(parameters, name)}
+        self.takes_positions = _accepts(parameters, "position_ids")
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         torch._check(tokens.shape[1] == positions.shape[1])
-        with tracing(positions):
-            return self.model(input_ids=tokens, position_ids=positions, use_cache=False, return_dict=True).logits
+        given = {"position_ids": positions} if self.takes_positions else {}
+        with tracing(positions), _ScalarsAsOperators():
+            return self.model(input_ids=tokens, **given, **self.options).logits
+
+
+def _accepts(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 class _Hidden(nn.Module):
@@ -86,7 +136,7 @@ class _Hidden(nn.Module):
         torch._check(tokens.shape[1] == positions.shape[1])
         types = {"token_type_ids": torch.zeros_like(tokens)} if self.has_types else {}
         rows = positions + self.first if self.first else positions
-        with tracing(positions):
+        with tracing(positions), _ScalarsAsOperators():
             return self.model(input_ids=tokens, position_ids=rows, return_dict=True, **types).last_hidden_state
 
 
@@ -106,10 +156,7 @@ def _export(model: nn.Module, function: type[nn.Module]) -> torch.export.Exporte
     except Exception as error:
         # torch.export lets whatever the model's own code raises through, so no narrower class covers its failures.
         reason = " ".join(str(error).split())[:240]
-        raise UserError(
-            f"{type(model).__name__} cannot be traced: {type(error).__name__}: {reason}; if its attention is "
-            f"hard-coded, write an adapter in compiler/adapters"
-        ) from error
+        raise _UnseenAttention(f"{type(model).__name__} cannot be traced: {type(error).__name__}: {reason}") from error
 
 
 def _writes_in_place(program: torch.export.ExportedProgram) -> bool:
@@ -140,6 +187,8 @@ def _with_named_weights(
         shape = tuple(node.meta["val"].shape)
         if spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent):
             graph.recipes[name] = Source(name, shape)
+            if name in values:
+                graph.buffers[name] = values[name]
         else:
             graph.recipes[name] = Constant(name, shape)
             graph.constants[name] = _constant(name, values, program)
@@ -181,8 +230,8 @@ def _simplify(graph: ModelGraph) -> None:
         elif node.target in (_aten.view.default, _aten._unsafe_view.default):
             # Passes drop copies, and unlike a view a reshape does not ask how its input lies in memory.
             node.target = _aten.reshape.default
-        elif "device" in node.kwargs:
-            node.update_kwarg("device", torch.device("cpu"))
+        else:
+            _leave_meta(node)
     (output,) = (n for n in graph.graph.nodes if n.op == "output")
     result = output.args[0]
     output.args = (result[0] if isinstance(result, tuple | list) else result,)
@@ -190,6 +239,14 @@ def _simplify(graph: ModelGraph) -> None:
     graph.drop_dead()
     graph.constants = {name: value for name, value in graph.constants.items() if name in graph.recipes}
     graph.graph.lint()
+
+
+def _leave_meta(node: fx.Node) -> None:
+    """Let what the model computes of constants be computed on the CPU."""
+    cpu = torch.device("cpu")
+    node.args = tuple(cpu if isinstance(a, torch.device) else a for a in node.args)
+    if "device" in node.kwargs:
+        node.update_kwarg("device", cpu)
 
 
 def _is_identity(node: fx.Node) -> bool:
@@ -215,17 +272,33 @@ def _is_identity(node: fx.Node) -> bool:
 def _check_attention(graph: ModelGraph, config: PretrainedConfig) -> None:
     """Refuse a graph in which anything but one attention node per layer mixes tokens."""
     hard_coded = any(
-        "softmax" in str(n.target) and not is_concrete_int(n.meta["val"].shape[-1]) for n in graph.graph.nodes
+        "scaled_dot_product" in str(n.target)
+        or ("softmax" in str(n.target) and not is_concrete_int(n.meta["val"].shape[-1]))
+        for n in graph.graph.nodes
     )
     layers = config.get_text_config(decoder=True).num_hidden_layers
-    found = [n.args[4] for n in graph.graph.nodes if n.target is torch.ops.dsc.attention.default]
-    causal = [bool((*n.args, True)[6]) for n in graph.graph.nodes if n.target is torch.ops.dsc.attention.default]
-    complete = sorted(found) == list(range(layers))
+    attentions = _attentions(graph)
+    complete = sorted(cast(int, n.args[4]) for n in attentions) == list(range(layers))
     if complete or not hard_coded:
+        number_tokens(graph)
         check_tokens(graph.module)
     if not complete:
-        raise UserError(
-            f"found {len(found)} attention operators in {layers} layers: this model's attention is written in its own "
-            f"code; write an adapter in compiler/adapters"
+        raise _UnseenAttention(
+            f"found {len(attentions)} attention operators in {layers} layers: this model's attention is written in its "
+            f"own code"
         )
-    check_visibility(causal, graph.is_encoder)
+    check_visibility([bool((*n.args, True)[6]) for n in attentions], graph.is_encoder)
+
+
+def _find_attention(graph: ModelGraph, config: PretrainedConfig) -> None:
+    """Find the attention that a model writes out. Raises UnreadableScores where one is not understood, and UserError
+    where anything else mixes tokens."""
+    if not find_attentions(graph):
+        raise _UnseenAttention("no attention was found")
+    number_tokens(graph)
+    check_tokens(graph.module)
+    check_visibility([bool(n.args[6]) for n in _attentions(graph)], graph.is_encoder)
+
+
+def _attentions(graph: ModelGraph) -> list[fx.Node]:
+    return [n for n in graph.graph.nodes if n.target is torch.ops.dsc.attention.default]

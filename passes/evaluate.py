@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from dscompile.passes.graph import ModelGraph, is_weight
-from dscompile.passes.recipe import Constant
+from dscompile.passes.recipe import Constant, Source
 
 
 def evaluate(graph: ModelGraph, node: fx.Node, given: dict[fx.Node, Any]) -> Any:
-    """Compute a node from the values of `given`; constants of the graph are known, other weights must be given."""
+    """Compute a node from the values of `given`; constants of the graph are known, other weights must be given.
+
+    Buffers of a checkpoint are taken to hold what the model's code puts into them, and noted in `graph.assumed`.
+    """
     values = dict(given)
-    for ancestor in _in_order(node, values):
+    order = _in_order(node, values)
+    last_use = {i: ancestor for ancestor in order for i in ancestor.all_input_nodes}
+    for ancestor in order:
         if ancestor.op == "placeholder":
             values[ancestor] = _constant(graph, ancestor)
         else:
             args, kwargs = fx.node.map_arg((ancestor.args, ancestor.kwargs), values.__getitem__)
             values[ancestor] = ancestor.target(*args, **kwargs)
+            for used in [i for i in ancestor.all_input_nodes if last_use[i] is ancestor]:
+                del values[used]
     return values[node]
+
+
+def describe(graph: ModelGraph, node: fx.Node, given: Iterable[fx.Node]) -> str:
+    """What `evaluate` computes from `given`, in words that are equal where the computations are."""
+    numbers: dict[fx.Node, Any] = {n: f"%{i}" for i, n in enumerate(given)}
+    lines = []
+    for ancestor in _in_order(node, numbers):
+        numbers[ancestor] = f"%{len(numbers)}"
+        if ancestor.op == "placeholder":
+            value = _constant(graph, ancestor)
+            data = value.detach().contiguous().flatten().view(torch.uint8).numpy()
+            lines.append(f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}")
+        else:
+            args, kwargs = fx.node.map_arg((ancestor.args, ancestor.kwargs), numbers.__getitem__)
+            lines.append(f"{ancestor.target} {args} {kwargs}")
+    return "\n".join(lines)
 
 
 def depends_on(node: fx.Node, roots: Iterable[fx.Node], memo: dict[fx.Node, bool]) -> bool:
@@ -56,4 +81,7 @@ def _in_order(node: fx.Node, known: dict[fx.Node, Any]) -> list[fx.Node]:
 def _constant(graph: ModelGraph, node: fx.Node) -> Tensor:
     if is_weight(node) and isinstance(recipe := graph.recipe(node), Constant):
         return graph.constants[recipe.name]
+    if is_weight(node) and isinstance(recipe, Source) and recipe.name in graph.buffers:
+        graph.assumed.add(recipe.name)
+        return graph.buffers[recipe.name]
     raise KeyError(f"{node.name} has no value at compile time")

@@ -20,6 +20,8 @@ class ModelGraph:
         the weight's name, a key of `recipes`. Every node has meta["val"] on the meta device, T symbolic.
     recipes: how each weight is made. constants: the values of `Constant` leaves.
     is_encoder: its output is the last hidden state of every token, not logits.
+    buffers: what the model's code puts into buffers that a checkpoint holds too. assumed: those whose values some pass
+        relied on; a checkpoint that holds others is not this model's.
     max_seq_len: positions run from 0 to max_seq_len - 1 (tables over positions have this many rows).
     """
 
@@ -28,6 +30,8 @@ class ModelGraph:
     constants: dict[str, Tensor] = field(default_factory=dict)
     max_seq_len: int = 0
     is_encoder: bool = False
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    assumed: set[str] = field(default_factory=set)
 
     @property
     def graph(self) -> fx.Graph:

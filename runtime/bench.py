@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from dscompile.runtime.errors import UserError
-from dscompile.runtime.kv_cache import block_bytes
-from dscompile.runtime.plan import Embed, Moe, Plan, Router
+from dscompile.runtime.plan import Plan
+from dscompile.runtime.traffic import bytes_by_kernel, bytes_per_step
 
 BANDWIDTH_BYTES = 4 << 30
 WARM_UPS = 2
@@ -22,7 +22,8 @@ def bench(engine: Any, batches: Sequence[int], prompt_tokens: int, new_tokens: i
     """Measure each batch size through `engine.generate`, host time included.
 
     returns: device, prompt_tokens, new_tokens, read_bandwidth (bytes/s, None on the CPU), and per batch size
-    prefill_ms, decode_step_ms and its deviation over the runs, tokens_per_second, bytes_per_step, bandwidth_fraction.
+    prefill_ms, decode_step_ms and its deviation over the runs, tokens_per_second, bytes_per_step, and on a GPU
+    bandwidth_fraction and gpu_idle, the part of a step's time in which its captured graph does not run.
     raises UserError for a batch size or a length the artifact was not compiled for.
     """
     _check(engine.plan, batches, prompt_tokens, new_tokens)
@@ -35,29 +36,6 @@ def bench(engine: Any, batches: Sequence[int], prompt_tokens: int, new_tokens: i
         "read_bandwidth": bandwidth,
         "batches": rows,
     }
-
-
-def bytes_per_step(plan: Plan, batch: int, context: int) -> int:
-    """Bytes that one decode step must read: every weight once, of experts those that are hit, a row of each table per
-    token, and the KV cache."""
-    whole: set[str] = set()
-    partial = 0.0
-    for step in plan.steps:
-        table = step.weights.get("table") if isinstance(step.spec, Embed) else None
-        partial += batch * _bytes(plan, table) / plan.weights[table].shape[0] if table else 0
-        names = {name for role, name in step.weights.items() if role not in ("table", "positions_table", "row_sum")}
-        if isinstance(step.spec, Moe):
-            of_experts = {name for role, name in step.weights.items() if role != "correction"}
-            partial += sum(_bytes(plan, name) for name in of_experts) * experts_hit(step.spec.router, batch)
-            names -= of_experts
-        whole.update(names)
-    whole = {name for name in whole if not _is_table(plan, name)}
-    return sum(_bytes(plan, name) for name in whole) + round(partial) + batch * context * _kv_bytes(plan)
-
-
-def experts_hit(router: Router, batch: int) -> float:
-    """The share of a layer's experts that a batch reads if every choice is equally likely; exact for one sequence."""
-    return 1 - (1 - router.top_k / router.num_experts) ** batch
 
 
 def read_bandwidth(device: torch.device) -> float:
@@ -75,8 +53,14 @@ def read_bandwidth(device: torch.device) -> float:
     return data.numel() * 4 / min(times[WARM_UPS:])
 
 
-def kernel_times(engine: Any, batch: int, prompt_tokens: int, steps: int = 16) -> list[dict[str, Any]]:
-    """GPU time per kernel of a decode step, slowest first, from the difference of two profiled generations."""
+def kernel_times(
+    engine: Any, batch: int, prompt_tokens: int, steps: int = 16, bandwidth: float | None = None
+) -> list[dict[str, Any]]:
+    """GPU time per kernel of a decode step, slowest first, from the difference of two profiled generations.
+
+    bandwidth: bytes per second, of which kernels that read weights or the cache are given the fraction they reach.
+    Kernels of a step overlap, so the sum of their times may be more than the step's.
+    """
     if engine.device.type != "cuda":
         raise UserError("--kernels times GPU kernels; this engine runs on the CPU (leave --kernels out)")
     prompts = _prompts(engine.plan, batch, prompt_tokens)
@@ -87,6 +71,7 @@ def kernel_times(engine: Any, batch: int, prompt_tokens: int, steps: int = 16) -
         if count > short_count:
             per_step[name] = (count - short_count) / steps, (total - short_total) / steps
     whole = sum(time for _, time in per_step.values()) or 1.0
+    read = bytes_by_kernel(engine.plan, batch, prompt_tokens + steps + steps // 2)
     return [
         {
             "kernel": name,
@@ -94,20 +79,50 @@ def kernel_times(engine: Any, batch: int, prompt_tokens: int, steps: int = 16) -
             "us_each": time / launches,
             "us_per_step": time,
             "share": time / whole,
+            "bandwidth_fraction": 1e6 * read[name] / time / bandwidth if bandwidth and name in read else None,
         }
         for name, (launches, time) in sorted(per_step.items(), key=lambda item: -item[1][1])
     ]
+
+
+def prefill_ms(engine: Any, batch: int, prompt_tokens: int, repeat: int) -> float:
+    """Median milliseconds of a call that generates one token for each of `batch` prompts, host time included."""
+    prompts = _prompts(engine.plan, batch, prompt_tokens)
+    for _ in range(WARM_UPS):
+        _generate(engine, prompts, 1)
+    return 1e3 * statistics.median(_seconds(lambda: _generate(engine, prompts, 1)) for _ in range(repeat))
+
+
+def gpu_idle(engine: Any, prompts: list[list[int]], new_tokens: int) -> float | None:
+    """The part of the time from one decode step to the next in which the GPU does not run the captured graph.
+
+    None where new_tokens are too few to tell.
+    """
+    requests = [engine.add_request(p, max_new_tokens=new_tokens, ignore_eos=True) for p in prompts]
+    try:
+        while any(len(r.new_tokens) < 2 for r in requests):
+            engine.step()
+        replays = engine.executor.watch_replays()
+        while not any(r.done for r in requests):
+            engine.step()
+    finally:
+        for request in requests:
+            engine.cancel(request)
+    torch.cuda.synchronize(engine.device)
+    if len(replays) < 3:
+        return None
+    steady = replays[1:]
+    busy = sum(begin.elapsed_time(end) for begin, end in steady[:-1])
+    return 1 - busy / steady[0][0].elapsed_time(steady[-1][0])
 
 
 def _measure(
     engine: Any, batch: int, prompt_tokens: int, new_tokens: int, repeat: int, bandwidth: float | None
 ) -> dict[str, Any]:
     prompts = _prompts(engine.plan, batch, prompt_tokens)
-    for _ in range(WARM_UPS):
-        _generate(engine, prompts, new_tokens)
-    first = [_seconds(lambda: _generate(engine, prompts, 1)) for _ in range(repeat)]
+    _generate(engine, prompts, new_tokens)
+    prefill = prefill_ms(engine, batch, prompt_tokens, repeat) / 1e3
     whole = [_seconds(lambda: _generate(engine, prompts, new_tokens)) for _ in range(repeat)]
-    prefill = statistics.median(first)
     steps = [(seconds - prefill) / (new_tokens - 1) for seconds in whole]
     step = statistics.median(steps)
     size = bytes_per_step(engine.plan, batch, prompt_tokens + new_tokens // 2)
@@ -119,6 +134,7 @@ def _measure(
         "tokens_per_second": batch / step,
         "bytes_per_step": size,
         "bandwidth_fraction": size / step / bandwidth if bandwidth else None,
+        "gpu_idle": gpu_idle(engine, prompts, new_tokens) if bandwidth else None,
     }
 
 
@@ -163,25 +179,6 @@ def _profile(engine: Any, prompts: list[list[int]], new_tokens: int) -> dict[str
             count, total = totals[event.name]
             totals[event.name] = (count + 1, total + event.device_time)
     return dict(totals)
-
-
-def _is_table(plan: Plan, name: str) -> bool:
-    """Rotary tables: a step reads a row of them, which is nothing."""
-    uses = {role for step in plan.steps for role, weight in step.weights.items() if weight == name}
-    return uses <= {"rope_cos", "rope_sin"}
-
-
-def _bytes(plan: Plan, name: str) -> int:
-    weight = plan.weights[name]
-    count = 1
-    for size in weight.shape:
-        count *= size
-    return count * getattr(torch, weight.dtype).itemsize
-
-
-def _kv_bytes(plan: Plan) -> int:
-    """Bytes of keys and values per token of context, all layers; windows are not taken into account."""
-    return sum(block_bytes(g, 1) for g in plan.kv_groups)
 
 
 def _device_name(device: torch.device) -> str:

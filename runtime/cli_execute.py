@@ -28,6 +28,8 @@ SAMPLING = (
     "ignore_eos",
 )
 
+BENCH_SPARE_TOKENS = 64
+
 
 def generate(args: argparse.Namespace) -> int:
     """Continue the prompts; one prompt streams on a terminal."""
@@ -92,10 +94,15 @@ def bench(args: argparse.Namespace) -> int:
     """Decode step time, prefill time, tokens per second, share of the read bandwidth; per kernel with --kernels."""
     from dscompile.runtime import bench as measure
 
+    # The rest of the memory is left to the measurement of the bandwidth.
+    longest = args.prompt_tokens + args.new_tokens + BENCH_SPARE_TOKENS
+    args.max_kv_tokens = args.max_kv_tokens or max(args.batch) * longest
     engine = _load(args)
     result = measure.bench(engine, args.batch, args.prompt_tokens, args.new_tokens, args.repeat)
     if args.kernels:
-        result["kernels"] = measure.kernel_times(engine, args.batch[0], args.prompt_tokens)
+        result["kernels"] = measure.kernel_times(
+            engine, args.batch[0], args.prompt_tokens, bandwidth=result["read_bandwidth"]
+        )
     if args.json:
         print_json(result)
     else:
@@ -160,6 +167,7 @@ def _print_bench(result: dict[str, Any]) -> None:
         table.add_column(column, justify="right")
     if result["read_bandwidth"]:
         table.add_column("of read bandwidth", justify="right")
+        table.add_column("GPU idle", justify="right")
     for row in result["batches"]:
         cells = [
             str(row["batch"]),
@@ -170,6 +178,7 @@ def _print_bench(result: dict[str, Any]) -> None:
         ]
         if result["read_bandwidth"]:
             cells.append(f"{100 * row['bandwidth_fraction']:.1f}%")
+            cells.append("" if row["gpu_idle"] is None else f"{100 * row['gpu_idle']:.1f}%")
         table.add_row(*cells)
     console.print(table)
     if result["read_bandwidth"]:
@@ -181,7 +190,7 @@ def _print_bench(result: dict[str, Any]) -> None:
 def _print_kernels(console: Console, kernels: list[dict[str, Any]]) -> None:
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim", pad_edge=False)
     table.add_column("kernel")
-    for column in ("launches/step", "us each", "us/step", "share"):
+    for column in ("launches/step", "us each", "us/step", "share", "of read bandwidth"):
         table.add_column(column, justify="right")
     for row in kernels:
         table.add_row(
@@ -190,5 +199,6 @@ def _print_kernels(console: Console, kernels: list[dict[str, Any]]) -> None:
             f"{row['us_each']:.2f}",
             f"{row['us_per_step']:.1f}",
             f"{100 * row['share']:.1f}%",
+            "" if row["bandwidth_fraction"] is None else f"{100 * row['bandwidth_fraction']:.0f}%",
         )
     console.print(table)

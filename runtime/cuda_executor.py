@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,25 @@ class CudaExecutor:
         self._last = Running(batch, seats, replay)
         return seats
 
+    def watch_replays(self) -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
+        """Put the replays of the decode step under way between two timing events each, until its batch changes.
+
+        returns: the list in which they gather; empty for ever where no decode step is under way
+        """
+        watched: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        if self._last is not None:
+            replay = self._last.replay
+
+            def watch() -> None:
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                replay()
+                end.record()
+                watched.append((begin, end))
+
+            self._last = replace(self._last, replay=watch)
+        return watched
+
     def _graph_size(self, num_rows: int) -> int:
         return next(size for size in self._graph_sizes if size >= num_rows)
 
@@ -201,6 +220,16 @@ class CudaExecutor:
             self._graphs[size, plain] = self._gpu.capture(run)
             self.counters["graphs"] += 1
         return self._graphs[size, plain]
+
+    def capture_steps(self, size: int, names: Collection[str]) -> Callable[[], None]:
+        """Some of the plan's steps as a graph of `size` rows, to be timed alone after a decode step of as many, whose
+        state it reads. It leaves the executor as it is; what it computes means nothing."""
+        part = self._bound.sized(size, only=names)
+        sizes = Sizes(size, size, size, self._state.layout.blocks)
+        with self._gpu.active():
+            part.launch(sizes, True, self._gpu.stream)
+            self._gpu.synchronize()
+            return self._gpu.capture(lambda: part.launch(sizes, True, self._gpu.stream))
 
     def _copy_logits(self, batch: Batch) -> list[torch.Tensor | None]:
         if self._output is None or not any(row.return_logits for row in batch.rows):

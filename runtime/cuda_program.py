@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 
 import torch
@@ -20,7 +21,7 @@ class BoundStep:
     """One step of the plan over fixed addresses; its launches are bound when a case is first needed."""
 
     def __init__(self, owner: BoundPlan, step: Step, layout: dict[str, int] | None) -> None:
-        self._owner, self._step = owner, step
+        self._owner, self._step, self.name = owner, step, step.name
         self._layout = layout
         self._by_head = isinstance(step.spec, Linear) and step.spec.rows == "R"
         self._program = owner.plan.programs[step.program]
@@ -75,7 +76,7 @@ class AtenStep:
     """A step that torch executes, outside the vocabulary; bound to views anew when the number of rows changes."""
 
     def __init__(self, owner: BoundPlan, step: Step, layout: dict[str, int] | None) -> None:
-        self._owner, self._step, self._layout = owner, step, layout
+        self._owner, self._step, self._layout, self.name = owner, step, layout, step.name
         self._rows = -1
         self._run: ops.Run | None = None
 
@@ -131,9 +132,10 @@ class BoundPlan:
             self._eager[program] = Sequential(self._bind(program, None))
         return self._eager[program]
 
-    def sized(self, rows: int, program: str | None = None) -> Sequential:
-        """The same for exactly `rows` tokens, sequences and rows of logits."""
-        return Sequential(self._bind(program, {"T": rows, "R": rows}))
+    def sized(self, rows: int, program: str | None = None, only: Collection[str] | None = None) -> Sequential:
+        """The same for exactly `rows` tokens, sequences and rows of logits. only: names of the steps to take."""
+        bound = self._bind(program, {"T": rows, "R": rows})
+        return Sequential([step for step in bound if only is None or step.name in only])
 
     def _bind(self, program: str | None, layout: dict[str, int] | None) -> list[BoundStep | AtenStep]:
         if program is not None:

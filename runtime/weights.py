@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +18,7 @@ from dscompile.runtime.int8 import LARGEST
 from dscompile.runtime.kv_cache import dtype_of
 from dscompile.runtime.manifest import Manifest
 from dscompile.runtime.plan import Plan, Weight
+from dscompile.runtime.weight_stream import Piece, pieces_of, read_pieces
 
 SAFETENSORS_DTYPES = {
     "float64": "F64",
@@ -29,6 +32,7 @@ SAFETENSORS_DTYPES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
+_ITEM_BYTES = {stored: getattr(torch, name).itemsize for name, stored in SAFETENSORS_DTYPES.items()}
 ROW_SUM = "row_sum:"
 NORMAL = "normal:"
 FILL = "fill:"
@@ -50,21 +54,37 @@ def load_weights(
 ) -> dict[str, torch.Tensor]:
     """Read or make every weight of the plan: name -> tensor of the plan's shape and dtype on the device."""
     device = torch.device(device)
-    loaded: dict[str, torch.Tensor] = {}
-    for name in shards(manifest, rank):
-        path = Path(artifact) / name
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for key in file.keys():  # noqa: SIM118 (not a dict)
-                    tensor = file.get_tensor(key)
-                    # On the CPU this is a view of the mapped file, which may change or go away under us.
-                    loaded[key] = tensor.clone() if device.type == "cpu" else tensor
-        except SafetensorError as error:
-            raise UserError(f"{path}: cannot be read ({error}); copy the artifact again") from error
+    paths = [Path(artifact) / name for name in shards(manifest, rank)]
+    loaded = _read_to_cpu(paths) if device.type == "cpu" else _read_to_gpu(paths, plan, device)
     made = [name for name in plan.weights if name not in loaded]
     for name in sorted(made, key=lambda n: plan.weights[n].init.startswith(ROW_SUM)):
         loaded[name] = make_weight(name, plan.weights[name], manifest.seed, device, loaded)
     return {name: loaded[name] for name in plan.weights}
+
+
+def _read_to_cpu(paths: list[Path]) -> dict[str, torch.Tensor]:
+    loaded: dict[str, torch.Tensor] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                # A tensor is a view of the mapped file, which may change or go away under us.
+                loaded |= {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise UserError(f"{path}: cannot be read ({error}); copy the artifact again") from error
+    return loaded
+
+
+def _read_to_gpu(paths: list[Path], plan: Plan, device: torch.device) -> dict[str, torch.Tensor]:
+    loaded: dict[str, torch.Tensor] = {}
+    pieces: list[Piece] = []
+    for path in paths:
+        for key, entry in read_header(path).items():
+            weight = plan.weights[key]
+            loaded[key] = torch.empty(weight.shape, dtype=dtype_of(weight.dtype), device=device)
+            pieces += pieces_of(path, entry.offset, loaded[key])
+    torch.cuda.current_stream(device).synchronize()
+    read_pieces(pieces, device)
+    return loaded
 
 
 def make_weight(
@@ -96,7 +116,7 @@ def check_shards(root: Path, manifest: Manifest, plan: Plan) -> None:
     for rank in range(manifest.num_ranks):
         found: dict[str, str] = {}
         for name in shards(manifest, rank):
-            for key, (dtype, shape) in read_header(root / name).items():
+            for key, entry in read_header(root / name).items():
                 weight = plan.weights.get(key)
                 if weight is None:
                     raise UserError(
@@ -104,17 +124,26 @@ def check_shards(root: Path, manifest: Manifest, plan: Plan) -> None:
                     )
                 if key in found:
                     raise UserError(f"{root}: {key!r} is in both {found[key]} and {name}; compile the model again")
-                if (dtype, shape) != (SAFETENSORS_DTYPES.get(weight.dtype), weight.shape):
-                    wanted = f"{weight.dtype} {list(weight.shape)}"
-                    raise UserError(f"{root}: {key!r} in {name} is {dtype} {list(shape)}, the plan says {wanted}")
+                if (entry.dtype, entry.shape) != (SAFETENSORS_DTYPES.get(weight.dtype), weight.shape):
+                    held, wanted = f"{entry.dtype} {list(entry.shape)}", f"{weight.dtype} {list(weight.shape)}"
+                    raise UserError(f"{root}: {key!r} in {name} is {held}, the plan says {wanted}")
                 found[key] = name
         for key, weight in plan.weights.items():
             if key not in found and not _can_be_made(weight, manifest, plan):
                 raise UserError(f"{root}: no file holds the weight {key!r}; copy the artifact again")
 
 
-def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """dtype and shape of every tensor in a safetensors file. Raises UserError if header or size are wrong."""
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a safetensors file; offset: of its first byte in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Every tensor in a safetensors file. Raises UserError if header or size are wrong."""
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -126,9 +155,17 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if 8 + length + end != size:
             raise ValueError(f"{size} bytes, its header says {8 + length + end}")
-        return {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}
+        return {key: _entry(key, entry, 8 + length) for key, entry in header.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}); copy the artifact again") from error
+
+
+def _entry(key: str, fields: dict[str, Any], data: int) -> Entry:
+    start, stop = fields["data_offsets"]
+    size = _ITEM_BYTES.get(fields["dtype"])
+    if start < 0 or (size is not None and stop - start != size * _numel(fields["shape"])):
+        raise ValueError(f"{key!r} has {stop - start} bytes")
+    return Entry(fields["dtype"], tuple(fields["shape"]), data + start)
 
 
 def _can_be_made(weight: Weight, manifest: Manifest, plan: Plan) -> bool:
@@ -168,7 +205,7 @@ _INITS: dict[str, Callable[[str], bool]] = {
 }
 
 
-def _numel(shape: tuple[int, ...]) -> int:
+def _numel(shape: Iterable[int]) -> int:
     total = 1
     for size in shape:
         total *= size

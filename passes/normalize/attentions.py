@@ -46,7 +46,7 @@ def _replace(graph: ModelGraph, reader: OperandReader, node: fx.Node, layer: int
     names = ("q", "k", "v", "positions", "layer", "scale", "causal", "window", "chunk", "softcap", "sinks", "alibi")
     defaults = {"causal": True, "window": 0, "chunk": 0, "softcap": 0.0, "sinks": None, "alibi": None}
     given = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
-    operands = [reader.read(given[name]) for name in ("q", "k", "v")]
+    operands = _share_heads(*(reader.read(given[name]) for name in ("q", "k", "v")))
     q, k, v = (_projection(graph, reader, node, o, f"{layer}.{name}") for o, name in zip(operands, "qkv", strict=True))
     rotation = _common_rotation(operands)
     if v.norm is not None or operands[2].scale != 1.0 or q.across_heads != k.across_heads:
@@ -78,6 +78,16 @@ def _replace(graph: ModelGraph, reader: OperandReader, node: fx.Node, layer: int
         new = graph.graph.call_function(vocabulary.attention, args)
     new.meta = {**node.meta, "val": result.meta["val"]}
     result.replace_all_uses_with(new)
+
+
+def _share_heads(q: Operand, k: Operand, v: Operand) -> list[Operand]:
+    """The operands with repeated heads of keys and values once: query heads share them in groups."""
+    for group in range(len(k.index), 1, -1):
+        if len(k.index) == len(v.index) == len(q.index) and len(k.index) % group == 0:
+            first = [slice(i, None, group) for i in range(group)]
+            if all(o.index[f] == o.index[first[0]] for o in (k, v) for f in first):
+                return [q, *(dataclasses.replace(o, index=o.index[::group]) for o in (k, v))]
+    return [q, k, v]
 
 
 def _projection(

@@ -39,7 +39,7 @@ def canonical_embeddings(graph: ModelGraph, log: Log) -> None:
 
 def _position_offset(graph: ModelGraph, index: fx.Node) -> int | None:
     """c where index = positions + c, found by evaluating it."""
-    probe = torch.arange(min(graph.max_seq_len, 64))[None]
+    probe = torch.arange(graph.max_seq_len)[None]
     if not depends_on(index, {graph.positions}, {}) or depends_on(index, {graph.tokens}, {}):
         return None
     offsets = evaluate(graph, index, {graph.positions: probe, graph.tokens: torch.zeros_like(probe)}) - probe

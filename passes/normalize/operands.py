@@ -39,6 +39,7 @@ LAYOUT = {
     aten.squeeze.dim,
     aten.unsqueeze.default,
     aten.expand.default,
+    aten.repeat_interleave.self_int,
     aten.clone.default,
     aten.contiguous.default,
     aten.new_empty.default,
@@ -183,7 +184,10 @@ class OperandReader:
         tokens_dim = [isinstance(s, int) for s in source.meta["val"].shape].index(False)
         inputs = torch.zeros(1, value.shape[tokens_dim], dtype=torch.long)
         given = {self.graph.tokens: inputs, self.graph.positions: inputs, **values, **frontier}
-        return evaluate(self.graph, node, given)
+        try:
+            return evaluate(self.graph, node, given)
+        except KeyError as error:
+            raise Unreadable(f"{node.name} is combined with a weight: {error.args[0]}") from None
 
     def _check_constant(self, node: fx.Node, frontier: tuple[fx.Node, ...]) -> None:
         """Refuse a factor that depends on the position, up to the longest sequence."""

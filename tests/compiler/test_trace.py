@@ -98,12 +98,30 @@ def test_experts_with_an_unknown_gate_are_refused(monkeypatch):
         trace_model(make_config(CONFIGS["mixtral"]), max_seq_len=64)
 
 
-def test_attention_that_ignores_the_seam_is_refused(monkeypatch):
+@pytest.mark.parametrize("name", ["codegen", "gptj", "gpt_neo", "bloom", "mpt"])
+def test_attention_that_ignores_the_seam_is_found_in_the_graph(name, monkeypatch):
+    """Without its adapter a model writes its attention out; the two graphs have the same attention nodes."""
+    adapted = trace_model(make_config(CONFIGS[name]), max_seq_len=64)
     monkeypatch.setattr("dscompile.compiler.trace.adapt", lambda model: None)
-    with pytest.raises(UserError, match="adapter"):
+    found = trace_model(make_config(CONFIGS[name]), max_seq_len=64)
+    for a, b in zip(_attentions(adapted), _attentions(found), strict=True):
+        assert (a[0], *a[2:6]) == (b[0], *b[2:6])
+        assert a[1] == pytest.approx(b[1])
+        assert (a[7] or []) == pytest.approx(b[7] or [], rel=1e-5)
+
+
+def _attentions(graph):
+    """layer, scale, causal, window, chunk, softcap, sinks, alibi of every attention node."""
+    defaults = (None, None, True, 0, 0, 0.0, None, None)
+    nodes = [n for n in graph.graph.nodes if n.target is torch.ops.dsc.attention.default]
+    return [(*n.args[4:], *defaults[len(n.args) - 4 :]) for n in nodes]
+
+
+def test_attention_that_is_not_understood_is_refused(monkeypatch):
+    monkeypatch.setattr("dscompile.compiler.trace.adapt", lambda model: None)
+    monkeypatch.setattr("dscompile.passes.read_scores.MOST_ELEMENTS", 100)
+    with pytest.raises(UserError, match=r"written in its own code, and its mask can be checked .*; write an adapter"):
         trace_model(make_config(CONFIGS["codegen"]), max_seq_len=64)
-    with pytest.raises(UserError, match="adapter"):
-        trace_model(make_config(CONFIGS["gptj"]), max_seq_len=64)
 
 
 def test_an_unknown_attention_keyword_is_refused():

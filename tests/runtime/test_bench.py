@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from dscompile.runtime.bench import bytes_per_step, experts_hit
-from dscompile.runtime.plan import Moe, Ref, Router, Step, Weight
+from dscompile.runtime.plan import Attention, Case, Launch, Moe, Program, Ref, Router, Step, Weight
+from dscompile.runtime.traffic import bytes_by_kernel, bytes_per_step, experts_hit
 from tests.runtime.models import make_model
 
 ROUTER = Router(8, 2, "softmax", True)
@@ -28,3 +28,19 @@ def test_bytes_of_a_step_grow_with_the_experts_hit():
     one_expert = 2 * (32 * 24 + 24 * 16)
     assert bytes_per_step(with_experts, 1, 0) - bytes_per_step(plan, 1, 0) == 2 * one_expert
     assert bytes_per_step(with_experts, 2, 0) - bytes_per_step(plan, 2, 0) == 3.5 * one_expert
+
+
+def test_what_the_kernels_read_is_what_the_step_reads():
+    """Every linear's kernel is given its weights and every attention's the cache; the embedding reads the rest."""
+    plan = make_model().plan
+    programs, steps = {}, []
+    for step in plan.steps:
+        args = tuple(f"w.{role}" for role in step.weights) + ("kv",) * isinstance(step.spec, Attention)
+        launches = (Launch("kernel", f"prepare {step.name}", ("in.x",)), Launch("kernel", step.name, args))
+        other = Launch("kernel", "never", args)
+        programs[step.name] = Program((Case(4, 0, (other,)), Case(1, 0, launches, decode=True)))
+        steps.append(dataclasses.replace(step, program=step.name))
+    plan = dataclasses.replace(plan, steps=tuple(steps), programs=programs)
+    found = bytes_by_kernel(plan, 3, 100)
+    assert not any(name == "never" or name.startswith("prepare") for name in found)
+    assert sum(found.values()) == bytes_per_step(plan, 3, 100)

@@ -230,6 +230,28 @@ def test_two_steps_in_flight_give_the_same_tokens(tight, windows):
         assert one.tokens == full.tokens[:cut]
 
 
+@pytest.mark.parametrize("executor", [CpuExecutor, LateExecutor])
+def test_a_long_prompt_stalls_nobody_by_more_than_a_bounded_step(executor):
+    """While a prompt of eight steps is read, every step is bounded and gives every running request its token."""
+    model = make_model(max_step_tokens=9, max_batch=4)
+    engine = Engine(executor(model.plan, model.weights))
+    sizes, launch = [], engine.executor.launch
+    engine.executor.launch = lambda batch: sizes.append(sum(r.num_tokens for r in batch.rows)) or launch(batch)
+    short = [engine.add_request(p, max_new_tokens=30) for p in PROMPTS[:3]]
+    while any(len(r.new_tokens) < 2 for r in short):
+        engine.step()
+    long = engine.add_request(list(range(36)) + [1] * 12, max_new_tokens=2)
+    sizes.clear()
+    steps = 0
+    while not long.new_tokens:
+        before = [len(r.new_tokens) for r in short]
+        engine.step()
+        assert [len(r.new_tokens) for r in short] == [n + 1 for n in before]
+        steps += 1
+    assert max(sizes) == 9
+    assert steps >= 8
+
+
 def test_overshoot_is_discarded():
     model = make_model()
     full = make_engine(model).generate([[1, 2, 3]], max_new_tokens=6)[0].tokens

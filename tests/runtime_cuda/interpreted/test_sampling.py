@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dscompile.codegen.step_kernels import BLOCK
+from dscompile.codegen.step_kernels import BLOCK, LIST
 from dscompile.runtime.executor import BatchRow
 from tests.runtime_cuda.sampling import OPTIONS, Sampler, expected, sequence
 
@@ -64,6 +64,34 @@ def test_ties_at_the_threshold_are_kept(tmp_path):
     assert tokens == expected(logits, sequences)
     assert len(set(tokens)) > 2
     assert set(tokens) <= set(range(40, 46))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0, "top_k": LIST + 300, "top_p": 0.9},
+        {"temperature": 1e9, "top_k": 3},
+        {"temperature": 1e9, "top_k": 40, "top_p": 0.5},
+        {"temperature": 1e4, "top_p": 0.999},
+        {"temperature": 0.01, "top_k": 2},
+    ],
+    ids=str,
+)
+def test_thresholds_that_are_hard_to_find(tmp_path, options):
+    """More ids than the list holds, distances that all fall into one part, and distances far apart."""
+    vocab = LIST + 901
+    sampler = Sampler(tmp_path, vocab)
+    torch.manual_seed(1)
+    logits = torch.randn(6, vocab)
+    sequences = [sequence(i, [3, 7], **options) for i in range(6)]
+    assert sampler(logits, sequences, "step.sample")[0] == expected(logits, sequences)
+
+
+def test_more_ties_than_the_list_holds(tmp_path):
+    sampler = Sampler(tmp_path, LIST + 500)
+    logits = torch.zeros(3, LIST + 500)
+    sequences = [sequence(i, [1], temperature=1.0, top_k=5, top_p=0.5) for i in range(3)]
+    assert sampler(logits, sequences, "step.sample")[0] == expected(logits, sequences)
 
 
 def test_frequencies_follow_the_softmax(tmp_path):

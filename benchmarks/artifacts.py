@@ -1,0 +1,45 @@
+"""Artifacts of real shapes with dummy weights, compiled once and shared by the commands that measure them."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.models import MODELS
+
+MAX_BATCH = 256
+
+
+@contextlib.contextmanager
+def artifact_folder(given: Path | None) -> Iterator[Path]:
+    """The folder that keeps artifacts between commands, or one that is gone afterwards."""
+    if given is not None:
+        given.mkdir(parents=True, exist_ok=True)
+        yield given
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch)
+
+
+def artifact_of(name: str, folder: Path, tokens: int = 0, max_batch: int = MAX_BATCH, target: str = "native") -> Path:
+    """The artifact of a configuration of MODELS, compiled into `folder` if it is not there.
+
+    tokens: the longest sequence to be measured; the limit is the model's own, or this where it is more.
+    """
+    make, dtype = MODELS[name]
+    config = make()
+    limit = getattr(config, "max_position_embeddings", 0)
+    longer = tokens > limit > 0
+    if longer:
+        config.max_position_embeddings = tokens
+    out = folder / (f"{name}-{tokens}" if longer else name)
+    if not out.exists():
+        from dscompile.compiler import compile_model
+
+        model = folder / "configurations" / out.name
+        config.save_pretrained(model)
+        options = {"dtype": dtype, "target": target, "max_batch": max_batch, "max_seq_len": tokens if longer else None}
+        compile_model(model, out, dummy_weights="generated", verify=False, **options)
+    return out

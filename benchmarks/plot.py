@@ -1,0 +1,87 @@
+"""Draw decode steps against their floor by batch size, one panel a model, from results of benchmarks.decode.
+
+python -m benchmarks.plot benchmarks/results/decode.json --png docs/decode.png     (needs the extra "bench")
+
+The floor is the time in which the GPU reads a step's bytes at the bandwidth measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+PEERS = {
+    "eager": ("transformers eager", "#b0b0b0", "s"),
+    "compile": ("transformers, compiled static cache", "#707070", "^"),
+}
+OURS, FLOOR = "#0b61a4", "#d1495b"
+
+
+def main() -> None:
+    args = _parse()
+    results = [json.loads(path.read_text()) for path in args.results]
+    rows = [row for result in results for row in result["models"]]
+    draw(rows, results[0]["machine"], args.png)
+    print(args.png)
+
+
+def series(row: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    """Name -> (batch, milliseconds of a step): "ours", "floor" and the peers, of a model's shortest prompt."""
+    ours = row["ours"][0]
+    found = {
+        "ours": [(b["batch"], b["decode_step_ms"]) for b in ours["batches"]],
+        "floor": [(b["batch"], 1e3 * b["bytes_per_step"] / ours["read_bandwidth"]) for b in ours["batches"]],
+    }
+    for peer in row["peers"]:
+        if "decode_step_ms" in peer and peer.get("prompt_tokens") == ours["prompt_tokens"]:
+            found.setdefault(peer["peer"], []).append((peer["batch"], peer["decode_step_ms"]))
+    return found
+
+
+def draw(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
+    """Write the figure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(rows), figsize=(4.2 * len(rows), 3.8), sharey=True, squeeze=False)
+    for axes, row in zip(panels[0], rows, strict=True):
+        lines = series(row)
+        for name, (label, color, marker) in PEERS.items():
+            if name in lines:
+                axes.plot(*zip(*lines[name], strict=True), color=color, marker=marker, ms=4, lw=1, label=label)
+        axes.plot(*zip(*lines["ours"], strict=True), color=OURS, marker="o", ms=5, lw=2, label="dscompile")
+        axes.plot(*zip(*lines["floor"], strict=True), color=FLOOR, ls="--", lw=1.5, label="floor: bytes / bandwidth")
+        for batch, elapsed in lines["ours"]:
+            axes.annotate(
+                f"{elapsed:.2f}", (batch, elapsed), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8
+            )
+        batches = [batch for batch, _ in lines["ours"]]
+        axes.set(xscale="log", yscale="log", xlabel="sequences", title=f"{row['model']}, {row['dtype']}")
+        axes.set_xticks(batches, [str(batch) for batch in batches])
+        axes.set_yticks([2, 3, 4, 5, 7, 10, 20, 30], ["2", "3", "4", "5", "7", "10", "20", "30"])
+        axes.minorticks_off()
+        axes.grid(axis="y", color="#e5e5e5")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("milliseconds of a decode step")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False, fontsize=8)
+    ours = rows[0]["ours"][0]
+    lengths = f"prompts of {ours['prompt_tokens']} tokens, {ours['new_tokens']} new ones"
+    figure.suptitle(f"{machine.get('gpu')}, torch {machine.get('torch')}, {lengths}", fontsize=9)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.savefig(path, dpi=150)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--png", type=Path, required=True)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The commands of benchmarks/ run: tiny shapes, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+
+import pytest
+from transformers import LlamaConfig
+
+from benchmarks.models import MODELS
+
+
+def tiny() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("artifacts")
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "keys"),
+    [
+        ("decode", "--models tiny --batch 1,3 --prompt 5,9 --new 4 --repeat 1", {"ours", "peers"}),
+        ("prefill", "--cases tiny:7 --repeat 1", {"prefill_ms"}),
+        ("latency", "--models tiny --prompt 5 --new 4 --repeat 1", {"engine_ms", "generate_ms"}),
+        ("throughput", "--models tiny --requests 4 --repeat 1", {"output_tokens_per_second", "runs"}),
+    ],
+)
+def test_command(module, words, keys, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", (tiny, "float32"))
+    common = ["--device", "cpu", "--artifacts", str(folder), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [module, *words.split(), *common])
+    import_module(f"benchmarks.{module}").main()
+    result = json.loads((tmp_path / f"{module}.json").read_text())
+    assert result["command"].startswith(f"python -m benchmarks.{module} --")
+    assert "tiny" in result["command"] and "cpu" not in result["command"]
+    (row,) = result.get("models") or result["rows"]
+    assert keys <= row.keys()
