@@ -8,11 +8,13 @@ from dscompile.runtime.plan import Case, Extent, Launch, Plan, Program, Sample, 
 
 BLOCK = 1024  # vocabulary ids of a program, at most
 NUM_WARPS = 8
-BINS = 2048  # parts into which one launch divides the interval of a threshold
-BIN_SHIFT = 17  # the first launch's: 64 between a distance and its double,
-FIRST_BIN = (127 - 25) << (23 - BIN_SHIFT)  # from 2^-25 up, and so to 2^7, from where no id is ever chosen
+BINS = 1024  # parts into which one launch divides the interval of a threshold
+COPIES = 8  # of what the parts weigh
+BIN_SHIFT = 17  # the first launch's parts: 64 between a distance and its double,
+FIRST_BIN = (127 - 9) << (23 - BIN_SHIFT)  # from 2^-9 up, and so to 2^7, from where no id is ever chosen
 LIST = 4096  # ids of the last part that the last launch searches without reading the row again
 CHUNK = 1024  # of them at a time
+FEW = 64  # so few are compared with each other, all at once
 STATE_BLOCK = 128
 INFINITY_BITS = 0x7F800000
 
@@ -94,7 +96,7 @@ class _Sampling:
     def full(self) -> tuple[Program, list[KernelRequest]]:
         """Open the search, narrow it twice, end it and choose."""
         constants = {"MAX_EOS_IDS": MAX_EOS_IDS, "SEEN_WORDS": self._seen_words, "INFINITY_BITS": INFINITY_BITS}
-        bins = constants | {"BINS": BINS, "BIN_SHIFT": BIN_SHIFT, "FIRST_BIN": FIRST_BIN}
+        bins = constants | {"BINS": BINS, "COPIES": COPIES, "BIN_SHIFT": BIN_SHIFT, "FIRST_BIN": FIRST_BIN}
         rows = "scratch.row_floats scratch.row_ints scratch.row_mass"
         head = f"in.logits {ROW_STATE} {PENALTIES} {rows} step.temperature step.top_p"
         start = self._kernel("sample_start", f"{head} step.top_k scratch.best scratch.raw_best scratch.mass", constants)
@@ -106,7 +108,7 @@ class _Sampling:
         choose = self._kernel(
             "sample_choose",
             f"{head} step.min_p step.seed step.sampled step.logprobs scratch.best scratch.token {lists}",
-            constants | {"LIST": LIST, "CHUNK": CHUNK},
+            constants | {"LIST": LIST, "CHUNK": CHUNK, "FEW": FEW},
         )
         kernels = [start, *narrow, choose]
         names = "best raw_best token mass row_floats row_ints row_mass histogram listed list_bits list_token"
@@ -121,7 +123,7 @@ class _Sampling:
         return request, Launch("kernel", request.name, tuple(args.split()), grid)
 
     def _program(self, kernels: list[tuple[KernelRequest, Launch]], scratch: str) -> Program:
-        sizes = {"row_floats": 8, "row_ints": 16, "row_mass": 16, "histogram": 8 * BINS}
+        sizes = {"row_floats": 8, "row_ints": 16, "row_mass": 16, "histogram": 8 * BINS * COPIES}
         sizes |= {"listed": 4, "list_bits": 4 * LIST, "list_token": 4 * LIST, "arrived": 4}
         return Program(
             (Case(1, 0, tuple(launch for _, launch in kernels)),),
