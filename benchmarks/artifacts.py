@@ -23,7 +23,7 @@ def artifact_folder(given: Path | None) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def artifact_of(name: str, folder: Path, tokens: int = 0, max_batch: int = MAX_BATCH, target: str = "native") -> Path:
+def artifact_of(name: str, folder: Path, tokens: int = 0, deterministic: bool = False) -> Path:
     """The artifact of a configuration of MODELS, compiled into `folder` if it is not there.
 
     tokens: the longest sequence to be measured; the limit is the model's own, or this where it is more.
@@ -34,12 +34,13 @@ def artifact_of(name: str, folder: Path, tokens: int = 0, max_batch: int = MAX_B
     longer = tokens > limit > 0
     if longer:
         config.max_position_embeddings = tokens
-    out = folder / (f"{name}-{tokens}" if longer else name)
+    out = folder / (name + f"-{tokens}" * longer + "-deterministic" * deterministic)
     if not out.exists():
         from dscompile.compiler import compile_model
 
         model = folder / "configurations" / out.name
         config.save_pretrained(model)
-        options = {"dtype": dtype, "target": target, "max_batch": max_batch, "max_seq_len": tokens if longer else None}
-        compile_model(model, out, dummy_weights="generated", verify=False, **options)
+        limits = {"max_batch": MAX_BATCH, "max_seq_len": tokens if longer else None}
+        options = {"dtype": dtype, "dummy_weights": "generated", "verify": False, "deterministic": deterministic}
+        compile_model(model, out, **limits, **options)
     return out

@@ -38,10 +38,9 @@ def measure_ours(name: str, folder: Path, args: argparse.Namespace) -> dict[str,
     """Measure every length of prompt and batch size of one model."""
     row: dict[str, Any] = {"model": name, "dtype": MODELS[name][1], "ours": [], "peers": []}
     longest = max(args.prompt) + args.new
+    artifact = artifact_of(name, folder, longest, args.deterministic)
     # The rest of the memory is left to the measurement of the bandwidth.
-    engine = load(
-        artifact_of(name, folder, longest), device=args.device, max_kv_tokens=max(args.batch) * (longest + 64)
-    )
+    engine = load(artifact, device=args.device, max_kv_tokens=max(args.batch) * (longest + 64))
     for prompt in args.prompt:
         row["ours"].append(bench(engine, args.batch, prompt, args.new, args.repeat))
         if args.kernels:
@@ -93,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--new", type=int, default=128, help="new tokens")
     parser.add_argument("--peer-new", type=int, default=32, help="new tokens the peers generate (their step is long)")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--deterministic", action="store_true", help="with kernels whose rows do not depend on others")
     parser.add_argument("--kernels", action="store_true", help="time every kernel of a decode step too")
     return parser
 

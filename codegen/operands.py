@@ -26,6 +26,7 @@ class KernelContext:
 
     targets:  every architecture that runs the same launches ("sm_90", ...)
     measured: configurations found by measuring this model, JSON objects as in codegen/tuned; they go before the table
+    deterministic: a row's result must not depend on the other rows
     """
 
     targets: tuple[str, ...]
@@ -35,6 +36,7 @@ class KernelContext:
     max_step_tokens: int
     kv_groups: tuple[KVGroup, ...]
     measured: tuple[dict, ...] = ()
+    deterministic: bool = False
 
     @property
     def shared_budget(self) -> int:

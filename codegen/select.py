@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dscompile.codegen.attention_kernels import attention_program
+from dscompile.codegen.deterministic import deterministic_program
 from dscompile.codegen.emit import KernelRequest
 from dscompile.codegen.linear_kernels import linear_program
 from dscompile.codegen.moe_kernels import moe_program
@@ -29,6 +30,10 @@ def programs_for(
         dtype = next(iter(operands.values())).dtype
         if not supports(target, dtype):
             raise UserError(f"{target} does not compute in {dtype}: choose --dtype float16 or another target")
+    if context.deterministic and isinstance(spec, Moe):
+        raise UserError("mixtures of experts have no deterministic kernels in this version: leave out deterministic")
+    if context.deterministic and isinstance(spec, Linear | Attention):
+        return deterministic_program(spec, operands, context)
     if isinstance(spec, Moe):
         return moe_program(spec, operands, context)
     if isinstance(spec, Linear):

@@ -51,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pipeline-parallel", type=command.positive_int, default=1, metavar="N")
     add("--max-seq-len", type=command.positive_int, metavar="N", help="longest sequence; default: the model's")
     add("--max-batch", type=command.positive_int, metavar="N", help="most sequences in one step")
+    deterministic = "a request's tokens do not depend on the others in its batch, on a GPU too; slower"
+    add("--deterministic", action="store_true", help=deterministic)
     add("--tune", action="store_true", help="measure kernel configurations on the GPU at hand")
     dummy = "random weights, made at load (config.json is enough); =stored writes them"
     add("--dummy-weights", choices=("generated", "stored"), metavar="=stored", help=dummy)

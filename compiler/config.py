@@ -31,6 +31,7 @@ class CompileConfig:
     max_seq_len:   longest sequence; None: the model's own limit
     max_batch:     most sequences in one step
     dummy_weights: None; "generated": the runtime makes them at load; "stored": random ones are written
+    deterministic: on a GPU, a request's tokens do not depend on the other requests (on the CPU they never do)
     quant:         one of QUANTIZATIONS; quant_lm_head: the head too
     static_activations: scales of activations from calibration, instead of one for each token
     rounding:      of weights: one of ROUNDINGS
@@ -54,6 +55,7 @@ class CompileConfig:
     max_seq_len: int | None = None
     max_batch: int = DEFAULT_MAX_BATCH
     tune: bool = False
+    deterministic: bool = False
     dummy_weights: str | None = None
     require_fusion: tuple[str, ...] = ()
     dump_ir: Path | None = None
@@ -168,6 +170,10 @@ def _check_available(config: CompileConfig) -> None:
         raise UserError(f"--quant {config.quant} is not yet on a GPU: compile with --target cpu")
     if config.tensor_parallel > 1 or config.pipeline_parallel > 1:
         raise UserError("parallel artifacts are not available in this version: leave out tensor and pipeline_parallel")
+    if config.deterministic and config.targets and (config.quantizes or config.tune):
+        raise UserError(
+            "deterministic kernels are neither quantized nor tuned in this version: leave out one of the two"
+        )
     if config.tune and not (config.targets and torch.cuda.is_available()):
         raise UserError("tune measures kernels on a GPU, and there is none here (or the target is the CPU)")
 
@@ -189,6 +195,7 @@ def resolve_limits(config: CompileConfig, model_limit: int | None, whole_sequenc
     return Limits(
         max_seq_len=max_seq_len,
         max_batch=config.max_batch,
+        deterministic=config.deterministic,
         kv_dtype=config.kv_dtype,
         max_step_tokens=max(Limits.max_step_tokens, config.max_batch, max_seq_len if whole_sequences else 1),
     )

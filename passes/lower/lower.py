@@ -45,7 +45,8 @@ ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 class Limits:
     """What a step may ask for, in tokens and sequences.
 
-    page_size: tokens of a KV block; kv_dtype: of the cache, "auto" for that of activations
+    page_size: tokens of a KV block; kv_dtype: of the cache, "auto" for that of activations;
+    deterministic: a row's result must not depend on the other rows of a step
     """
 
     max_seq_len: int
@@ -53,6 +54,7 @@ class Limits:
     max_step_tokens: int = 2048
     page_size: int = 16
     kv_dtype: str = "auto"
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def lower(
         hidden=lowering.hidden,
     )
     lowered = Lowered(plan, lowering.weights.recipes, (), lowering.regions, classes)
-    return _with_kernels(lowered, targets, model, measured) if targets else lowered
+    return _with_kernels(lowered, targets, model, measured, limits.deterministic) if targets else lowered
 
 
 class _Lowering:
@@ -273,12 +275,13 @@ def _layer_classes(steps: tuple[Step, ...]) -> list[tuple[int, ...]]:
     return [tuple(members) for members in classes.values()]
 
 
-def _with_kernels(lowered: Lowered, targets: tuple[str, ...], model: str, measured: tuple[dict, ...]) -> Lowered:
+def _with_kernels(
+    lowered: Lowered, targets: tuple[str, ...], model: str, measured: tuple[dict, ...], deterministic: bool
+) -> Lowered:
     """Choose programs; steps whose specs and operands are equal share one."""
     plan = lowered.plan
-    context = KernelContext(
-        targets, plan.page_size, plan.max_seq_len, plan.max_batch, plan.max_step_tokens, plan.kv_groups, measured
-    )
+    facts = (plan.page_size, plan.max_seq_len, plan.max_batch, plan.max_step_tokens, plan.kv_groups)
+    context = KernelContext(targets, *facts, measured, deterministic)
     programs: dict[str, Program] = {}
     requests: dict[str, KernelRequest] = {}
     names: dict[object, str] = {}
