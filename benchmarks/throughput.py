@@ -34,8 +34,9 @@ def main() -> None:
 
 
 def measure(name: str, artifact: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The best of `repeat` runs after one that captures the graphs; all runs serve the same requests."""
+    """The best of `repeat` runs after one that warms the machine up; all runs serve the same requests."""
     engine = load(artifact, device=args.device)
+    engine.warm_up()
     draw = random.Random(0)
     prompts = [
         [draw.randrange(engine.plan.vocab_size) for _ in range(draw.randint(*PROMPT_TOKENS))]

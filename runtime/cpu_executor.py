@@ -56,6 +56,9 @@ class CpuExecutor:
         self._tables: tuple[list[list[list[int]]], list[torch.Tensor], dict[Any, Any]] = [], [], {}
         self._prepared: OrderedDict[tuple[int, int], tuple[list[ops.Run], torch.Tensor]] = OrderedDict()
 
+    def warm_up(self) -> None:
+        """Nothing: the first step is like any other."""
+
     def launch(self, batch: Batch) -> Done:
         """Run the step to its end."""
         return Done(_results(batch, self._run(batch)))

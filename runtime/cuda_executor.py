@@ -140,6 +140,16 @@ class CudaExecutor:
         self.counters["logit_rows"] += sum(row.num_logits for row in batch.rows)
         return CudaPending(batch, seats, slot, logits)
 
+    def warm_up(self) -> None:
+        """Capture the decode step of every size now, which otherwise happens when a batch first has that size."""
+        slot = self._slots[self.counters["steps"] % len(self._slots)]
+        slot.event.synchronize()
+        with self._gpu.active():
+            for size in self._graph_sizes:
+                for plain in (True, False):
+                    self._graph(size, plain, slot)
+        self._last = None  # the state on the device is now that of padding
+
     def _decode(self, batch: Batch, slot: Slot) -> np.ndarray:
         last, stream = self._last, self._gpu.stream
         if last is not None and continues(batch, last.batch):

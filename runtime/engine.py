@@ -148,6 +148,11 @@ class Engine:
             raise UserError("this artifact has no tokenizer; give token ids instead of text")
         return self.tokenizer.encode(text)
 
+    def warm_up(self) -> None:
+        """Prepare steps of every batch size, so that no request waits for the first step of its kind."""
+        self._refuse_encoder("warm_up")
+        self.executor.warm_up()
+
     # ------------------------------------------------------------ requests that join and leave
 
     def add_request(

@@ -111,6 +111,10 @@ class Executor(Protocol):
     @property
     def num_blocks(self) -> list[int]: ...
 
+    def warm_up(self) -> None:
+        """Prepare whatever the first steps would have to wait for."""
+        ...
+
     def launch(self, batch: Batch) -> Pending:
         """Start a step and return without waiting for it, where the device allows."""
         ...

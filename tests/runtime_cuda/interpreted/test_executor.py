@@ -12,7 +12,7 @@ from dscompile.codegen.operands import KernelContext, Operand
 from dscompile.codegen.select import programs_for
 from dscompile.codegen.step_kernels import step_kernels
 from dscompile.runtime.cpu_executor import CpuExecutor
-from dscompile.runtime.cuda_executor import RESERVED_BYTES, CudaExecutor
+from dscompile.runtime.cuda_executor import RESERVED_BYTES, CudaExecutor, graph_sizes
 from dscompile.runtime.engine import Engine
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.plan import Aten, Plan, Ref, Sample, Step
@@ -93,6 +93,22 @@ def test_logits_over_an_int8_cache_are_those_of_the_cpu(tmp_path):
     options = {"max_new_tokens": 6, "ignore_eos": True}
     expected = Engine(CpuExecutor(model.plan, model.weights, 128)).generate(PROMPTS, **options)
     assert [r.tokens for r in engine.generate(PROMPTS, **options)] == [r.tokens for r in expected]
+
+
+def test_warming_up_captures_every_size_and_disturbs_nobody(llama, tmp_path):
+    engine, _ = simulated(llama, tmp_path)
+    cpu = Engine(CpuExecutor(llama.plan, llama.weights, 128))
+    expected = cpu.generate(PROMPTS, max_new_tokens=8, ignore_eos=True)
+    requests = [engine.add_request(prompt, max_new_tokens=8, ignore_eos=True) for prompt in PROMPTS]
+    for _ in range(3):
+        engine.step()
+    engine.warm_up()
+    captured = engine.counters["graphs"]
+    assert captured == 2 * len(graph_sizes(llama.plan.max_batch))
+    while engine.has_work:
+        engine.step()
+    assert engine.counters["graphs"] == captured
+    assert [request.result().tokens for request in requests] == [result.tokens for result in expected]
 
 
 def test_a_steady_decode_step_copies_only_its_tokens(llama, tmp_path):
