@@ -38,17 +38,16 @@ import torch
 from dscompile.runtime import load
 loaded = load
 imported = time.time()
-torch.cuda.init()
-torch.zeros(1, device="cuda")
+torch.zeros(1, device=sys.argv[2])
 context = time.time()
-engine = load(sys.argv[1], device="cuda")
+engine = load(sys.argv[1], device=sys.argv[2])
 weights = time.time()
-result = engine.generate([list(range(1, 129))], max_new_tokens=1, ignore_eos=True)
+result = engine.generate([[1] * 128], max_new_tokens=1, ignore_eos=True)
 token = time.time()
-engine.generate([list(range(1, 129))], max_new_tokens=2, ignore_eos=True)
+engine.generate([[1] * 128], max_new_tokens=2, ignore_eos=True)
 print(json.dumps([began, imported, context, weights, token, time.time()]))
 """
-STAGES = ("interpreter_s", "import_s", "cuda_context_s", "load_s", "first_token_s", "second_call_s")
+STAGES = ("interpreter_s", "import_s", "device_s", "load_s", "first_token_s", "second_call_s")
 
 
 def main() -> None:
@@ -58,23 +57,22 @@ def main() -> None:
     with artifact_folder(args.artifacts) as folder:
         for name in args.models:
             start = time.perf_counter()
-            artifact = with_weights(artifact_of(name, folder))
+            artifact = with_weights(artifact_of(name, folder), args.device)
             size = sum(path.stat().st_size for path in (artifact / WEIGHTS_DIR).iterdir())
             print(f"{name}: {size / 2**30:.1f} GiB of weights in {time.perf_counter() - start:.0f} s", flush=True)
-            rows.append(
-                {"model": name, "dtype": MODELS[name][1], "weight_bytes": size, **measure(artifact, args.repeat)}
-            )
+            row = {"model": name, "dtype": MODELS[name][1], "weight_bytes": size}
+            rows.append(row | measure(artifact, args.device, args.repeat))
             print(rows[-1], flush=True)
             path = write_result(args.name, {"command": command_line(parser, args), "rows": rows}, args.out)
     print(path)
 
 
-def with_weights(artifact: Path) -> Path:
+def with_weights(artifact: Path, device: str) -> Path:
     """A copy of an artifact whose weights are in its files, not made at load."""
     stored = artifact.with_name(artifact.name + "-stored")
     if not stored.exists():
         manifest, plan = read_manifest(artifact), read_plan(artifact)
-        weights = load_weights(artifact, manifest, plan, torch.device("cuda"))
+        weights = load_weights(artifact, manifest, plan, torch.device(device))
         with atomic_directory(stored) as directory:
             ignored = shutil.ignore_patterns(WEIGHTS_DIR)
             shutil.copytree(artifact, directory, ignore=ignored, dirs_exist_ok=True)
@@ -85,13 +83,13 @@ def with_weights(artifact: Path) -> Path:
     return stored
 
 
-def measure(artifact: Path, repeat: int) -> dict[str, Any]:
+def measure(artifact: Path, device: str, repeat: int) -> dict[str, Any]:
     """Medians over processes; the first one, which fills the system's caches, is left out."""
     runs = []
     for _ in range(1 + repeat):
         start = time.time()
         done = subprocess.run(
-            [sys.executable, "-c", CHILD, str(artifact)], check=True, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", CHILD, str(artifact), device], check=True, stdout=subprocess.PIPE, text=True
         )
         moments = [start, *json.loads(done.stdout.splitlines()[-1])]
         stages = [stop - first for first, stop in pairwise(moments)]

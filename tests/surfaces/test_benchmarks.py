@@ -36,6 +36,7 @@ def folder(tmp_path_factory):
         ("decode", "--models tiny --batch 1,3 --prompt 5,9 --new 4 --repeat 1", {"ours", "peers"}),
         ("prefill", "--cases tiny:7 --repeat 1", {"prefill_ms"}),
         ("latency", "--models tiny --prompt 5 --new 4 --repeat 1", {"engine_ms", "generate_ms"}),
+        ("cold_start", "--models tiny --repeat 1", {"process_to_first_token_s", "import_s", "load_s", "runs"}),
         ("throughput", "--models tiny --requests 4 --repeat 1", {"output_tokens_per_second", "runs"}),
     ],
 )
