@@ -71,10 +71,12 @@ def kernel_times(
         if count > short_count:
             per_step[name] = (count - short_count) / steps, (total - short_total) / steps
     whole = sum(time for _, time in per_step.values()) or 1.0
+    regions = _regions_by_kernel(engine.plan)
     read = bytes_by_kernel(engine.plan, batch, prompt_tokens + steps + steps // 2)
     return [
         {
             "kernel": name,
+            "regions": regions.get(name, ""),
             "launches_per_step": launches,
             "us_each": time / launches,
             "us_per_step": time,
@@ -179,6 +181,16 @@ def _profile(engine: Any, prompts: list[list[int]], new_tokens: int) -> dict[str
             count, total = totals[event.name]
             totals[event.name] = (count + 1, total + event.device_time)
     return dict(totals)
+
+
+def _regions_by_kernel(plan: Plan) -> dict[str, str]:
+    """Name of kernel -> the regions whose steps launch it, "attn_in+mlp_in" for a step that covers two."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for step in plan.steps:
+        for case in plan.programs[step.program].cases if step.program else ():
+            for launch in case.launches:
+                found[launch.target].add("+".join(step.regions))
+    return {name: ", ".join(sorted(regions)) for name, regions in found.items()}
 
 
 def _device_name(device: torch.device) -> str:

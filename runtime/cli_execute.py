@@ -162,12 +162,10 @@ def _print_bench(result: dict[str, Any]) -> None:
     console = Console()
     machine = result["device"]
     console.print(f"{machine}, {result['prompt_tokens']} prompt tokens, {result['new_tokens']} new tokens")
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim", pad_edge=False)
-    for column in ("batch", "prefill ms", "decode step ms", "tokens/s", "bytes read/step"):
-        table.add_column(column, justify="right")
-    if result["read_bandwidth"]:
-        table.add_column("of read bandwidth", justify="right")
-        table.add_column("GPU idle", justify="right")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    columns = ["batch", "prefill ms", "decode step ms", "tokens/s", "bytes/step"]
+    for column in columns + (["bandwidth", "GPU idle"] if result["read_bandwidth"] else []):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in result["batches"]:
         cells = [
             str(row["batch"]),
@@ -188,13 +186,15 @@ def _print_bench(result: dict[str, Any]) -> None:
 
 
 def _print_kernels(console: Console, kernels: list[dict[str, Any]]) -> None:
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim", pad_edge=False)
-    table.add_column("kernel")
-    for column in ("launches/step", "us each", "us/step", "share", "of read bandwidth"):
-        table.add_column(column, justify="right")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    table.add_column("kernel", no_wrap=True, max_width=26)
+    table.add_column("regions", overflow="fold")
+    for column in ("launches", "us each", "us/step", "share", "bandwidth"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in kernels:
         table.add_row(
             row["kernel"],
+            row["regions"],
             f"{row['launches_per_step']:.0f}",
             f"{row['us_each']:.2f}",
             f"{row['us_per_step']:.1f}",
