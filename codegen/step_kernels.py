@@ -6,7 +6,7 @@ from dscompile.codegen.emit import KernelRequest, Param, kernel_request
 from dscompile.runtime.cuda_state import MAX_EOS_IDS, StateLayout
 from dscompile.runtime.plan import Case, Extent, Launch, Plan, Program, Sample, Scratch, Symbol
 
-BLOCK = 1024  # vocabulary ids of a program, at most
+BLOCK = 2048  # vocabulary ids of a program, at most
 NUM_WARPS = 8
 BINS = 1024  # parts into which one launch divides the interval of a threshold
 COPIES = 8  # of what the parts weigh
@@ -32,6 +32,7 @@ TYPES = {
     "row_floats": "*fp32",
     "row_mass": "*i64",
     "histogram": "*i64",
+    "list": "*i64",
 }
 ZEROED = ("arrived", "histogram", "listed")
 ROW_STATE = "step.seats step.sample_rows"
@@ -104,27 +105,28 @@ class _Sampling:
             self._kernel("sample_narrow", f"{head} scratch.histogram", bins, {"first": first})
             for first in (True, False)
         ]
-        lists = "scratch.listed scratch.list_bits scratch.list_token"
+        lists = "scratch.listed scratch.list"
         choose = self._kernel(
             "sample_choose",
             f"{head} step.min_p step.seed step.sampled step.logprobs scratch.best scratch.token {lists}",
             constants | {"LIST": LIST, "CHUNK": CHUNK, "FEW": FEW},
+            num_warps=2 * NUM_WARPS,
         )
         kernels = [start, *narrow, choose]
-        names = "best raw_best token mass row_floats row_ints row_mass histogram listed list_bits list_token"
+        names = "best raw_best token mass row_floats row_ints row_mass histogram listed list"
         return self._program(kernels, names), [request for request, _ in kernels]
 
     def _kernel(
-        self, template: str, args: str, constants: dict, structure: dict | None = None
+        self, template: str, args: str, constants: dict, structure: dict | None = None, num_warps: int = NUM_WARPS
     ) -> tuple[KernelRequest, Launch]:
         args += " scratch.arrived"
-        request = _request(template, args, self._constants | constants, num_warps=NUM_WARPS, structure=structure or {})
+        request = _request(template, args, self._constants | constants, num_warps=num_warps, structure=structure or {})
         grid = (Extent(self._splits), Extent(1, "B"))
         return request, Launch("kernel", request.name, tuple(args.split()), grid)
 
     def _program(self, kernels: list[tuple[KernelRequest, Launch]], scratch: str) -> Program:
         sizes = {"row_floats": 8, "row_ints": 16, "row_mass": 16, "histogram": 8 * BINS * COPIES}
-        sizes |= {"listed": 4, "list_bits": 4 * LIST, "list_token": 4 * LIST, "arrived": 4}
+        sizes |= {"listed": 4, "list": 8 * LIST, "arrived": 4}
         return Program(
             (Case(1, 0, tuple(launch for _, launch in kernels)),),
             tuple(
