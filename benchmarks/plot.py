@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.summary import peers
+
 PEERS = {
     "eager": ("transformers eager", "#b0b0b0", "s"),
     "compile": ("transformers, compiled static cache", "#707070", "^"),
@@ -23,24 +25,24 @@ def main() -> None:
     args = _parse()
     results = [json.loads(path.read_text()) for path in args.results]
     rows = [row for result in results for row in result["models"]]
-    draw(rows, results[0]["machine"], args.png)
+    draw(rows, peers(args.results[0].parent), results[0]["machine"], args.png)
     print(args.png)
 
 
-def series(row: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
-    """Name -> (batch, milliseconds of a step): "ours", "floor" and the peers, of a model's shortest prompt."""
+def series(row: dict[str, Any], others: dict[tuple, float]) -> dict[str, list[tuple[int, float]]]:
+    """Name -> (batch, milliseconds of a step): "ours", "floor" and the peers, of a model's first prompt."""
     ours = row["ours"][0]
     found = {
         "ours": [(b["batch"], b["decode_step_ms"]) for b in ours["batches"]],
         "floor": [(b["batch"], 1e3 * b["bytes_per_step"] / ours["read_bandwidth"]) for b in ours["batches"]],
     }
-    for peer in row["peers"]:
-        if "decode_step_ms" in peer and peer.get("prompt_tokens") == ours["prompt_tokens"]:
-            found.setdefault(peer["peer"], []).append((peer["batch"], peer["decode_step_ms"]))
+    for (model, prompt, batch, peer), elapsed in sorted(others.items()):
+        if (model, prompt) == (row["model"], ours["prompt_tokens"]):
+            found.setdefault(peer, []).append((batch, elapsed))
     return found
 
 
-def draw(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], others: dict[tuple, float], machine: dict[str, Any], path: Path) -> None:
     """Write the figure."""
     import matplotlib
 
@@ -49,7 +51,7 @@ def draw(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> Non
 
     figure, panels = pyplot.subplots(1, len(rows), figsize=(4.2 * len(rows), 3.8), sharey=True, squeeze=False)
     for axes, row in zip(panels[0], rows, strict=True):
-        lines = series(row)
+        lines = series(row, others)
         for name, (label, color, marker) in PEERS.items():
             if name in lines:
                 axes.plot(*zip(*lines[name], strict=True), color=color, marker=marker, ms=4, lw=1, label=label)
@@ -60,7 +62,7 @@ def draw(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> Non
                 f"{elapsed:.2f}", (batch, elapsed), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8
             )
         batches = [batch for batch, _ in lines["ours"]]
-        axes.set(xscale="log", yscale="log", xlabel="sequences", title=f"{row['model']}, {row['dtype']}")
+        axes.set(xscale="log", yscale="log", xlabel="sequences", title=_title(row))
         axes.set_xticks(batches, [str(batch) for batch in batches])
         axes.set_yticks([2, 3, 4, 5, 7, 10, 20, 30], ["2", "3", "4", "5", "7", "10", "20", "30"])
         axes.minorticks_off()
@@ -69,11 +71,15 @@ def draw(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> Non
     panels[0][0].set_ylabel("milliseconds of a decode step")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False, fontsize=8)
-    ours = rows[0]["ours"][0]
-    lengths = f"prompts of {ours['prompt_tokens']} tokens, {ours['new_tokens']} new ones"
-    figure.suptitle(f"{machine.get('gpu')}, torch {machine.get('torch')}, {lengths}", fontsize=9)
+    figure.suptitle(f"{machine.get('gpu')}, torch {machine.get('torch')}", fontsize=9)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=150)
+
+
+def _title(row: dict[str, Any]) -> str:
+    ours = row["ours"][0]
+    first, last = ours["prompt_tokens"], ours["prompt_tokens"] + ours["new_tokens"]
+    return f"{row['model']} {row['dtype']}, context {first}-{last}"
 
 
 def _parse() -> argparse.Namespace:

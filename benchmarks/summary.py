@@ -1,87 +1,133 @@
-"""The tables of the README, from the results.
+"""Fill the tables of README.md and docs/performance.md from the results.
 
-python -m benchmarks.summary
+python -m benchmarks.summary README.md docs/performance.md
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`, where NAME is a key of TABLES.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.machine import RESULTS
 
-HEAD = (
-    "| model | batch | context | dscompile, ms | floor, ms | of the bandwidth | eager, ms | compiled static cache, ms |"
-)
+PEERS = {"eager": "eager", "compile": "static cache, compiled"}
 
 
-def main() -> None:
-    for lines in (decode(), regions(), others()):
-        print("\n".join(lines), end="\n\n")
+class Step(NamedTuple):
+    """A decode step as measured. fraction: of the read bandwidth; idle: of the time, None where not measured."""
+
+    model: str
+    dtype: str
+    prompt: int
+    new: int
+    batch: int
+    elapsed_ms: float
+    floor_ms: float
+    fraction: float
+    idle: float | None
 
 
-def decode(folder: Path = RESULTS) -> list[str]:
-    """Decode steps against their floor, with the peers of the same run."""
-    lines = [HEAD, "|---|---|---|---|---|---|---|---|"]
+def steps(folder: Path) -> Iterator[Step]:
+    """Every decode step of the results."""
     for path in sorted(folder.glob("decode*.json")):
         for row in json.loads(path.read_text())["models"]:
             for ours in row["ours"]:
-                lines += [_decode_line(row, ours, batch) for batch in ours["batches"]]
+                for b in ours["batches"]:
+                    floor = 1e3 * b["bytes_per_step"] / ours["read_bandwidth"]
+                    facts = (row["model"], row["dtype"], ours["prompt_tokens"], ours["new_tokens"], b["batch"])
+                    yield Step(*facts, b["decode_step_ms"], floor, b["bandwidth_fraction"], b.get("gpu_idle"))
+
+
+def peers(folder: Path) -> dict[tuple[str, int, int, str], float]:
+    """(model, tokens of prompt, batch, peer) -> milliseconds of a decode step."""
+    found = {}
+    for path in (folder / "peers.json", *sorted(folder.glob("decode*.json"))):
+        for row in json.loads(path.read_text())["models"] if path.exists() else ():
+            for p in row["peers"]:
+                if "decode_step_ms" in p:
+                    found[row["model"], p["prompt_tokens"], p["batch"], p["peer"]] = p["decode_step_ms"]
+    return found
+
+
+def decode(folder: Path) -> list[str]:
+    """Decode steps against their floor and the peers."""
+    lines = _head("", "batch", "context", "dscompile, ms", "floor, ms", "of the bandwidth", "GPU idle", *PEERS.values())
+    others = peers(folder)
+    for s in sorted(steps(folder)):
+        beside = [others.get((s.model, s.prompt, s.batch, peer)) for peer in PEERS]
+        lines.append(
+            _line(
+                f"{s.model} {s.dtype}",
+                s.batch,
+                f"{s.prompt}-{s.prompt + s.new}",
+                f"**{s.elapsed_ms:.2f}**",
+                f"{s.floor_ms:.2f}",
+                f"{100 * s.fraction:.0f}%",
+                "" if s.idle is None else f"{100 * s.idle:.1f}%",
+                *("" if elapsed is None else f"{elapsed:.1f}" for elapsed in beside),
+            )
+        )
     return lines
 
 
-def _decode_line(row: dict[str, Any], ours: dict[str, Any], batch: dict[str, Any]) -> str:
-    def peer(name: str) -> str:
-        for found in row["peers"]:
-            same = (found["peer"], found["batch"], found["prompt_tokens"])
-            if same == (name, batch["batch"], ours["prompt_tokens"]) and "decode_step_ms" in found:
-                return f"{found['decode_step_ms']:.1f}"
-        return ""
-
-    context = f"{ours['prompt_tokens']}-{ours['prompt_tokens'] + ours['new_tokens']}"
-    floor = 1e3 * batch["bytes_per_step"] / ours["read_bandwidth"]
-    cells = [f"{row['model']} {row['dtype']}", str(batch["batch"]), context, f"**{batch['decode_step_ms']:.2f}**"]
-    cells += [f"{floor:.2f}", f"{100 * batch['bandwidth_fraction']:.0f}%", peer("eager"), peer("compile")]
-    return "| " + " | ".join(cells) + " |"
-
-
-def regions(folder: Path = RESULTS) -> list[str]:
+def regions(folder: Path) -> list[str]:
     """Fused against unfused, microseconds in one layer."""
-    lines = ["| model | region | fused, us | torch in a graph | torch, launched |", "|---|---|---|---|---|"]
-    for row in _rows(folder, "regions"):
+    lines = _head("model", "region", "fused, us", "torch in a graph", "torch, launched one by one")
+    for row in _result(folder, "regions")["rows"]:
         graph, launched = (f"{row[f'{how}_us']:.1f} ({row[f'over_{how}']:.1f}x)" for how in ("graph", "launched"))
-        lines.append(f"| {row['model']} | {row['region']} | {row['fused_us']:.1f} | {graph} | {launched} |")
+        lines.append(_line(row["model"], row["region"], f"{row['fused_us']:.1f}", graph, launched))
     return lines
 
 
-def others(folder: Path = RESULTS) -> list[str]:
+def others(folder: Path) -> list[str]:
     """Everything that is one number."""
-    lines = ["| | measured | command |", "|---|---|---|"]
+    lines = _head("", "measured", "command")
     for name, words, key, unit in (
         ("prefill", "prefill of {tokens} tokens, {model}", "prefill_ms", "ms"),
-        ("prefill", "the library's GEMMs of the same linears alone", "library_linears_ms", "ms"),
-        (
-            "latency",
-            "{prompt_tokens} tokens of prompt, {new_tokens} new ones, one call, {model}",
-            "generate_ms",
-            "ms",
-        ),
+        ("prefill", "torch.mm of the same linears, {tokens} tokens, {model}", "library_linears_ms", "ms"),
+        ("latency", "{prompt_tokens} tokens of prompt, {new_tokens} new ones, one call, {model}", "generate_ms", "ms"),
         ("throughput", "{requests} requests at once, {model}", "output_tokens_per_second", "output tokens/s"),
         ("cold_start", "process start to first token, {model}", "process_to_first_token_s", "s"),
         ("compile_time", "`dscompile` with dummy weights, {cores} cores, {model}", "seconds", "s"),
     ):
-        command = f"`python -m benchmarks.{name}`"
-        for row in _rows(folder, name):
-            lines.append(f"| {words.format(**row)} | {row[key]:,.1f} {unit} | {command} |")
+        result = _result(folder, name)
+        for row in result["rows"]:
+            if key in row:
+                lines.append(_line(words.format(**row), f"{row[key]:,.1f} {unit}", f"`{result['command']}`"))
     return lines
 
 
-def _rows(folder: Path, name: str) -> list[dict[str, Any]]:
+TABLES = {"decode": decode, "regions": regions, "others": others}
+
+
+def fill(text: str, folder: Path = RESULTS) -> str:
+    """The text with its tables made anew."""
+
+    def table(found: re.Match) -> str:
+        return "\n".join([found[1], "", *TABLES[found[2]](folder), "", found[3]])
+
+    return re.sub(r"(<!-- table (\w+) -->)\n.*?(<!-- end -->)", table, text, flags=re.S)
+
+
+def _head(*names: str) -> list[str]:
+    return [_line(*names), "|" + "---|" * len(names)]
+
+
+def _line(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _result(folder: Path, name: str) -> dict[str, Any]:
     path = folder / f"{name}.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    return found.get("rows", [])
+    return json.loads(path.read_text()) if path.exists() else {"rows": []}
 
 
 if __name__ == "__main__":
-    main()
+    for page in map(Path, sys.argv[1:]):
+        page.write_text(fill(page.read_text()))
