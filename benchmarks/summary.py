@@ -35,7 +35,7 @@ class Step(NamedTuple):
 
 def steps(folder: Path) -> Iterator[Step]:
     """Every decode step of the results."""
-    for path in sorted(folder.glob("decode*.json")):
+    for path in sorted(folder.glob("decode-*.json")):
         for row in json.loads(path.read_text())["models"]:
             for ours in row["ours"]:
                 for b in ours["batches"]:
@@ -47,7 +47,7 @@ def steps(folder: Path) -> Iterator[Step]:
 def peers(folder: Path) -> dict[tuple[str, int, int, str], float]:
     """(model, tokens of prompt, batch, peer) -> milliseconds of a decode step."""
     found = {}
-    for path in (folder / "peers.json", *sorted(folder.glob("decode*.json"))):
+    for path in (folder / "peers.json", *sorted(folder.glob("decode-*.json"))):
         for row in json.loads(path.read_text())["models"] if path.exists() else ():
             for p in row["peers"]:
                 if "decode_step_ms" in p:

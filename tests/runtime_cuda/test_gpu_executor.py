@@ -130,11 +130,13 @@ def test_decode_neither_allocates_nor_waits(engines, summary):
             before = torch.cuda.memory_stats()["allocation.all.allocated"]
             times = []
             torch.cuda.set_sync_debug_mode("error")  # any wait but that for the event of the step that is read
-            for _ in range(count // 2):
-                start = time.perf_counter()
-                gpu.step()
-                times.append(time.perf_counter() - start)
-            torch.cuda.set_sync_debug_mode("default")
+            try:
+                for _ in range(count // 2):
+                    start = time.perf_counter()
+                    gpu.step()
+                    times.append(time.perf_counter() - start)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
             assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
             for request in requests:
                 gpu.cancel(request)
