@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,9 +33,9 @@ class Step(NamedTuple):
     idle: float | None
 
 
-def steps(folder: Path) -> Iterator[Step]:
-    """Every decode step of the results."""
-    for path in sorted(folder.glob("decode-*.json")):
+def steps(results: Iterable[Path]) -> Iterator[Step]:
+    """Every decode step of some results."""
+    for path in sorted(results):
         for row in json.loads(path.read_text())["models"]:
             for ours in row["ours"]:
                 for b in ours["batches"]:
@@ -59,7 +59,7 @@ def decode(folder: Path) -> list[str]:
     """Decode steps against their floor and the peers."""
     lines = _head("", "batch", "context", "dscompile, ms", "floor, ms", "of the bandwidth", "GPU idle", *PEERS.values())
     others = peers(folder)
-    for s in sorted(steps(folder)):
+    for s in sorted(steps(folder.glob("decode-*.json"))):
         beside = [others.get((s.model, s.prompt, s.batch, peer)) for peer in PEERS]
         lines.append(
             _line(
@@ -103,7 +103,18 @@ def others(folder: Path) -> list[str]:
     return lines
 
 
-TABLES = {"decode": decode, "regions": regions, "others": others}
+def deterministic(folder: Path) -> list[str]:
+    """What --deterministic costs, beside the usual kernels at the same context."""
+    lines = _head("", "batch", "decode step, ms", "usual, ms")
+    usual = {(s.model, s.prompt, s.batch): s.elapsed_ms for s in steps(folder.glob("decode-*.json"))}
+    for s in steps(folder.glob("deterministic.json")):
+        beside = usual.get((s.model, s.prompt, s.batch))
+        cells = (f"{s.model} {s.dtype}", s.batch, f"{s.elapsed_ms:.2f}", "" if beside is None else f"{beside:.2f}")
+        lines.append(_line(*cells))
+    return lines
+
+
+TABLES = {"decode": decode, "regions": regions, "others": others, "deterministic": deterministic}
 
 
 def fill(text: str, folder: Path = RESULTS) -> str:
