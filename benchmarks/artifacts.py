@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from benchmarks.models import MODELS
 
@@ -23,10 +24,11 @@ def artifact_folder(given: Path | None) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def artifact_of(name: str, folder: Path, tokens: int = 0, deterministic: bool = False) -> Path:
+def artifact_of(name: str, folder: Path, tokens: int = 0, **more: Any) -> Path:
     """The artifact of a configuration of MODELS, compiled into `folder` if it is not there.
 
     tokens: the longest sequence to be measured; the limit is the model's own, or this where it is more.
+    more: options of compile_model
     """
     make, dtype = MODELS[name]
     config = make()
@@ -34,13 +36,13 @@ def artifact_of(name: str, folder: Path, tokens: int = 0, deterministic: bool = 
     longer = tokens > limit > 0
     if longer:
         config.max_position_embeddings = tokens
-    out = folder / (name + f"-{tokens}" * longer + "-deterministic" * deterministic)
+    options = (option if value is True else str(value) for option, value in more.items() if value)
+    out = folder / "-".join([name, *[str(tokens)] * longer, *options])
     if not out.exists():
         from dscompile.compiler import compile_model
 
         model = folder / "configurations" / out.name
         config.save_pretrained(model)
         limits = {"max_batch": MAX_BATCH, "max_seq_len": tokens if longer else None}
-        options = {"dtype": dtype, "dummy_weights": "generated", "verify": False, "deterministic": deterministic}
-        compile_model(model, out, **limits, **options)
+        compile_model(model, out, dtype=dtype, dummy_weights="generated", verify=False, **limits, **more)
     return out

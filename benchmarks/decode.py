@@ -7,6 +7,7 @@ python -m benchmarks.decode --models llama3-8b --batch 1 --prompt 8064,32640 --a
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ from benchmarks.models import MODELS, ONE_GPU
 from benchmarks.peers import load_random, measure
 from dscompile.runtime import load
 from dscompile.runtime.bench import bench, kernel_times
+from dscompile.runtime.kv_cache import dtype_of
+from dscompile.runtime.plan import Linear, Plan, Weight
+from dscompile.runtime.weights import weight_bytes
+
+QUANTIZED_ROLES = ("weight", "weight_scale", "input_scale")
 
 
 def main() -> None:
@@ -37,10 +43,12 @@ def main() -> None:
 def measure_ours(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Measure every length of prompt and batch size of one model."""
     row: dict[str, Any] = {"model": name, "dtype": MODELS[name][1], "ours": [], "peers": []}
+    quantization = {"quant": args.quant, "quant_lm_head": args.quant_lm_head} if args.quant != "none" else {}
     longest = max(args.prompt) + args.new
-    artifact = artifact_of(name, folder, longest, args.deterministic)
+    artifact = artifact_of(name, folder, longest, deterministic=args.deterministic, **quantization)
     # The rest of the memory is left to the measurement of the bandwidth.
     engine = load(artifact, device=args.device, max_kv_tokens=max(args.batch) * (longest + 64))
+    row |= quantization | space(engine.plan)
     for prompt in args.prompt:
         row["ours"].append(bench(engine, args.batch, prompt, args.new, args.repeat))
         if args.kernels:
@@ -49,6 +57,19 @@ def measure_ours(name: str, folder: Path, args: argparse.Namespace) -> dict[str,
     del engine
     free_memory()
     return row
+
+
+def space(plan: Plan) -> dict[str, float]:
+    """Bytes of all weights and of the quantized linears', and what these take of the same in 16 bits."""
+    found: dict[str, float] = {"weight_gb": weight_bytes(plan) / 1e9}
+    quantized = [s for s in plan.steps if isinstance(s.spec, Linear) and s.spec.quantization]
+    held = sum(_bytes(plan.weights[n]) for s in quantized for r, n in s.weights.items() if r in QUANTIZED_ROLES)
+    half = sum(2 * math.prod(plan.weights[s.weights["weight"]].shape) for s in quantized)
+    return found | ({"quantized_gb": held / 1e9, "quantized_of_16_bit": held / half} if half else {})
+
+
+def _bytes(weight: Weight) -> int:
+    return math.prod(weight.shape) * dtype_of(weight.dtype).itemsize
 
 
 def measure_peer(name: str, how: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -81,6 +102,10 @@ def _show(row: dict[str, Any]) -> None:
             if b["bandwidth_fraction"]:
                 line += f", {100 * b['bandwidth_fraction']:.1f}% of read bandwidth, idle {100 * b['gpu_idle']:.1f}%"
             print(line, flush=True)
+    line = f"  weights {row['weight_gb']:.3f} GB"
+    if "quantized_gb" in row:
+        line += f"; quantized linears {row['quantized_gb']:.3f} GB, {row['quantized_of_16_bit']:.4f} of 16 bits"
+    print(line, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", type=numbers, default=[128], help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=128, help="new tokens")
     parser.add_argument("--peer-new", type=int, default=32, help="new tokens the peers generate (their step is long)")
+    parser.add_argument("--quant", default="none", help="none, int8 or int8-weight-only")
+    parser.add_argument("--quant-lm-head", action="store_true")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--deterministic", action="store_true", help="with kernels whose rows do not depend on others")
     parser.add_argument("--kernels", action="store_true", help="time every kernel of a decode step too")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dscompile.codegen.linear_kernels import has_row_sum
 from dscompile.codegen.operands import Operand, Operands
 from dscompile.runtime.plan import Attention, Linear, Norm, Segment
 
@@ -61,9 +62,11 @@ def linear_operands(spec: Linear, dtype: str) -> Operands:
     """Operands of a linear as dense matrices."""
     n, k = spec.out_features, spec.in_features
     operands = {"in.x": Operand(dtype, k, (0, k)), "w.weight": Operand(dtype, k, (n, k))}
+    if spec.quantization:
+        operands |= {"w.weight": Operand("int8", k, (n, k)), "w.weight_scale": Operand("float32", 1, (n,))}
     if spec.bias:
         operands["w.bias"] = Operand(dtype, 1, (n,))
-    if spec.norm and spec.norm.kind == "layer":
+    if has_row_sum(spec):
         operands["w.row_sum"] = Operand("float32", 1, (n,))
     for i in range(spec.residuals):
         operands[f"in.residual{i}"] = Operand(dtype, spec.segments[0].width, (0, spec.segments[0].width))

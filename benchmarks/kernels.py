@@ -144,7 +144,7 @@ class LinearProblem:
     def __init__(self, spec: Linear, dtype: str, tokens: int, weights: torch.Tensor) -> None:
         self.spec, self.dtype, self.tokens = spec, dtype, tokens
         n, k = spec.out_features, spec.in_features
-        copies = max(1, min(weights.numel() // (n * k), -(-L2_BYTES // (2 * n * k))))
+        copies = max(1, min(weights.numel() // (n * k), -(-L2_BYTES // (weights.itemsize * n * k))))
         self.weights = [weights[i * n * k : (i + 1) * n * k].view(n, k) for i in range(copies)]
         kind = TORCH[dtype]
         # Rows with a mean, as real residual streams have.
@@ -158,16 +158,24 @@ class LinearProblem:
             self.tensors[f"out.y{i}"] = torch.empty(tokens, s.width, device="cuda", dtype=out)
         self.tensors["step.logit_rows"] = torch.arange(tokens, device="cuda", dtype=torch.int32)
         self.tensors |= {"T": tokens, "R": tokens, "B": tokens}
-        self.tensors["w.row_sum"] = self.weights[0].sum(1, dtype=torch.float32)
+        self._bind_more()
         self.expected = self._expected()
 
-    def _expected(self) -> list[torch.Tensor]:
+    def _bind_more(self) -> None:
+        self.tensors["w.row_sum"] = self.weights[0].sum(1, dtype=torch.float32)
+
+    def _normalised(self) -> torch.Tensor:
         spec, x = self.spec, self.tensors["in.x"].double()
         if spec.norm:
             x = x - x.mean(-1, keepdim=True) if spec.norm.kind == "layer" else x
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.norm.eps)
-        parts = [x @ part.double().T for part in self.weights[0].split(8192)]
-        p = torch.cat(parts, 1)
+        return x
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x @ part.double().T for part in self.weights[0].split(8192)], 1)
+
+    def _expected(self) -> list[torch.Tensor]:
+        spec, p = self.spec, self._product(self._normalised())
         if spec.bias:
             p = p + self.tensors["w.bias"].double()
         acts = {
@@ -288,13 +296,17 @@ def report_linear(entry: dict) -> None:
 def write_tuned(entries: list[dict], path: Path) -> None:
     """Merge the best configuration of each shape and number of tokens into a table of codegen/tuned."""
     held = json.loads(path.read_text())["linear"] if path.exists() else []
-    table = {(*e["shape"], e["gated"], e["tokens"]): e for e in held}
+    keys = ("shape", "gated", "tokens", "quantization")
+    table = {_place(e): e for e in held}
     for entry in entries:
         if entry["runs"]:
-            best = {k: entry[k] for k in ("shape", "gated", "tokens")} | {"config": entry["runs"][0]["config"]}
-            table[(*entry["shape"], entry["gated"], entry["tokens"])] = best
+            table[_place(entry)] = {k: entry[k] for k in keys if k in entry} | {"config": entry["runs"][0]["config"]}
     lines = ",\n  ".join(json.dumps(table[key]) for key in sorted(table))
     path.write_text(f'{{"linear": [\n  {lines}\n]}}\n')
+
+
+def _place(entry: dict) -> tuple:
+    return (*entry["shape"], entry["gated"], entry["tokens"], entry.get("quantization", ""))
 
 
 # ---------------------------------------------------------------- attention

@@ -52,7 +52,9 @@ def measure_rule(table: Path, processes: int, candidates: int = 0) -> list[dict[
     target = table.stem
     context = KernelContext((target,), 16, 8192, 128, 2048, ())
     kernels = Kernels(target, processes)
-    entries = [(entry, *_spec_of(entry)) for entry in json.loads(table.read_text())["linear"]]
+    entries = [
+        (entry, *_spec_of(entry)) for entry in json.loads(table.read_text())["linear"] if "quantization" not in entry
+    ]
     found = [_candidates(entry, spec, dtype, context, candidates) for entry, spec, dtype in entries]
     kernels.prepare([c.request for group in found for c in group])
     pools = {d: torch.empty(WEIGHTS, device="cuda", dtype=TORCH[d]).normal_(0, 0.02) for d in ("float16", "bfloat16")}

@@ -14,7 +14,7 @@ import torch
 from dscompile.codegen.emit import KernelRequest, render
 from dscompile.runtime.plan import Case, Extent, Launch, Program
 
-DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
+DTYPE = {"fp32": torch.float32, "i8": torch.int8, "fp16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
 
 
 class JitRunner:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from dscompile.codegen.emit import KernelRequest, kernel_request
+from dscompile.codegen.memory import ITEM_SIZE
 from dscompile.codegen.operands import Arguments, KernelContext, Operands, ceil_div, next_power_of_2
 from dscompile.codegen.row_kernels import row_norm_launch
-from dscompile.codegen.tuned_table import RowConfig, TileConfig, row_config, tile_config
+from dscompile.codegen.tuned_table import COLUMNS, RowConfig, TileConfig, row_config, tile_config
 from dscompile.runtime.plan import Case, Extent, Launch, Linear, Norm, Program, Scratch, Segment
 
 # Ranges of T with a kernel each; the last number of a range is the tokens of its tile.
@@ -18,7 +19,7 @@ SEPARATE_NORM_TOKENS = 64
 
 
 @dataclass
-class _Draft:
+class Draft:
     """What the cases of a program have gathered: kernels, and scratch by name as (symbol, bytes, zeroed)."""
 
     requests: list[KernelRequest] = field(default_factory=list)
@@ -28,13 +29,18 @@ class _Draft:
         held = self.scratch[name].bytes if name in self.scratch else 0
         self.scratch[name] = Scratch(name, symbol, max(size, held), zeroed)  # type: ignore[arg-type]
 
+    def program(self, cases: list[Case]) -> tuple[Program, tuple[KernelRequest, ...]]:
+        """The program of these cases and the kernels it launches, each once."""
+        unique = {r.name: r for r in self.requests}
+        return Program(tuple(cases), tuple(self.scratch.values())), tuple(unique.values())
+
 
 def linear_program(
     spec: Linear, operands: Operands, context: KernelContext
 ) -> tuple[Program, tuple[KernelRequest, ...]]:
     """Choose the kernels of a linear for every range of its rows (T, or R where spec.rows == "R")."""
-    draft = _Draft()
-    dtype = operands["w.weight"].dtype
+    draft = Draft()
+    dtype = operands["in.x"].dtype
     cases = [Case(1, 1, (_row_launch(spec, operands, row_config(spec, dtype, context), draft),))]
     library = _uses_library(spec, operands)
     for low, high in TILE_RANGES:
@@ -45,8 +51,7 @@ def linear_program(
         cases.append(Case(low, 0 if last else high, launches))
     if library:
         cases.append(Case(LIBRARY_TOKENS, 0, _library_launches(spec, operands, draft)))
-    unique = {r.name: r for r in draft.requests}
-    return Program(tuple(cases), tuple(draft.scratch.values())), tuple(unique.values())
+    return draft.program(cases)
 
 
 def _uses_library(spec: Linear, operands: Operands) -> bool:
@@ -70,7 +75,7 @@ def segment_tiles(segments: tuple[Segment, ...], block: int) -> list[dict]:
     return tiles
 
 
-def _structure(spec: Linear, operands: Operands, block: int, two_pass: bool) -> dict:
+def structure_of(spec: Linear, operands: Operands, block: int, two_pass: bool) -> dict:
     segments = segment_tiles(spec.segments, block)
     for s in segments:
         s["stride"] = operands[f"out.y{s['index']}"].stride
@@ -91,6 +96,7 @@ def _structure(spec: Linear, operands: Operands, block: int, two_pass: bool) -> 
         "two_pass": two_pass,
         **_norm_structure(norm, ""),
         **_norm_structure(post, "post_"),
+        **({"quantized": spec.quantization.activations} if spec.quantization else {}),
     }
 
 
@@ -102,17 +108,24 @@ def _norm_structure(norm: Norm | None, prefix: str) -> dict:
     }
 
 
-def _row_takes_two_passes(norm: Norm | None) -> bool:
+def _row_takes_two_passes(spec: Linear) -> bool:
     """Whether the statistics must be known before the product: not if the norm can be applied to the product."""
-    return norm is not None and (norm.bias or (norm.kind == "layer" and norm.weight))
+    norm = spec.norm
+    return norm is not None and (norm.bias or (norm.kind == "layer" and not has_row_sum(spec)))
 
 
-def _tile_takes_two_passes(norm: Norm | None) -> bool:
+def _tile_takes_two_passes(spec: Linear) -> bool:
     """As for a row; but tensor cores read float16, which a row times the norm's weight may overflow."""
-    return norm is not None and (norm.bias or norm.weight)
+    return _row_takes_two_passes(spec) or bool(spec.norm and spec.norm.weight)
 
 
-def _numbers(spec: Linear, operands: Operands) -> dict:
+def has_row_sum(spec: Linear) -> bool:
+    """Whether the plan holds the weight's row sums, with which a layer norm can be applied to the product."""
+    norm = spec.norm
+    return norm is not None and norm.kind == "layer" and not norm.weight and spec.quantization is None
+
+
+def numbers_of(spec: Linear, operands: Operands) -> dict:
     numbers = {
         "N": spec.out_features,
         "K": spec.in_features,
@@ -128,9 +141,11 @@ def _numbers(spec: Linear, operands: Operands) -> dict:
     return numbers
 
 
-def _arguments(spec: Linear, operands: Operands, folded_norm: bool) -> Arguments:
+def arguments_of(spec: Linear, operands: Operands, folded_norm: bool) -> Arguments:
     arguments = Arguments(operands)
     arguments.bind("in.x", "w.weight")
+    if spec.quantization:
+        arguments.bind("w.weight_scale")
     for present, role in (
         (spec.add, "in.add"),
         (spec.bias, "w.bias"),
@@ -139,7 +154,7 @@ def _arguments(spec: Linear, operands: Operands, folded_norm: bool) -> Arguments
         (spec.post_norm and spec.post_norm.weight, "w.post_norm_weight"),
         (spec.post_norm and spec.post_norm.bias, "w.post_norm_bias"),
         (spec.norm and spec.norm.kind == "layer" and folded_norm, "w.row_sum"),
-        (spec.rows == "R", "step.logit_rows"),
+        (spec.rows == "R" and operands["in.x"].dtype != "int8", "step.logit_rows"),
         (spec.store, "out.sum"),
     ):
         if present:
@@ -149,6 +164,14 @@ def _arguments(spec: Linear, operands: Operands, folded_norm: bool) -> Arguments
     return arguments
 
 
+def bind_input_scale(spec: Linear, arguments: Arguments) -> None:
+    """Add what one step of the rounded rows is worth: a stored number, or one of each row."""
+    if spec.quantization and spec.quantization.activations == "tensor":
+        arguments.bind("w.input_scale")
+    else:
+        arguments.bind_memory("scratch.scales", "float32")
+
+
 # ---------------------------------------------------------------- one row
 
 
@@ -156,20 +179,20 @@ def row_request(spec: Linear, operands: Operands, config: RowConfig) -> tuple[Ke
     """The kernel for one row of x, its arguments and its number of programs."""
     block_k = min(config.block_k, next_power_of_2(spec.in_features))
     blocks = ceil_div(spec.in_features, block_k)
-    two_pass = _row_takes_two_passes(spec.norm)
-    structure = _structure(spec, operands, config.block_n, two_pass)
+    two_pass = _row_takes_two_passes(spec)
+    structure = structure_of(spec, operands, config.block_n, two_pass)
     prefetch = min(config.prefetch, blocks)
     structure |= {
         "tail_k": spec.in_features % block_k != 0,
         "prefetch": prefetch,
         "loop_blocks": blocks > prefetch,
     }
-    numbers = _numbers(spec, operands) | {"BN": config.block_n, "BK": block_k, "STAGES": config.stages}
+    numbers = numbers_of(spec, operands) | {"BN": config.block_n, "BK": block_k, "STAGES": config.stages}
     if spec.add and spec.rows == "R":
         numbers["ADD_STRIDE"] = operands["in.add"].stride
     if two_pass or spec.post_norm:
         numbers["BS"] = min(4096, next_power_of_2(spec.in_features))
-    arguments = _arguments(spec, operands, not two_pass)
+    arguments = arguments_of(spec, operands, not two_pass)
     request = kernel_request(
         "linear_row",
         numbers,
@@ -181,7 +204,7 @@ def row_request(spec: Linear, operands: Operands, config: RowConfig) -> tuple[Ke
     return request, arguments, structure["segments"][-1]["end"]
 
 
-def _row_launch(spec: Linear, operands: Operands, config: RowConfig, draft: _Draft) -> Launch:
+def _row_launch(spec: Linear, operands: Operands, config: RowConfig, draft: Draft) -> Launch:
     request, arguments, programs = row_request(spec, operands, config)
     draft.requests.append(request)
     grid = (Extent(programs),) + ((Extent(1, "R"),) if spec.rows == "R" else ())
@@ -194,14 +217,15 @@ def _row_launch(spec: Linear, operands: Operands, config: RowConfig, draft: _Dra
 def tile_request(spec: Linear, operands: Operands, config: TileConfig) -> tuple[KernelRequest, Arguments, int]:
     """The kernel for tiles of tokens, its arguments and its tiles of weight rows."""
     weight = operands["w.weight"]
-    block_k = min(config.block_k, max(16, next_power_of_2(spec.in_features)))
+    block_k = min(config.block_k, max(COLUMNS[operands["in.x"].dtype][-1], next_power_of_2(spec.in_features)))
     splits = min(config.splits, ceil_div(spec.in_features, block_k))
     k_split = ceil_div(ceil_div(spec.in_features, splits), block_k) * block_k
     splits = ceil_div(spec.in_features, k_split)
-    two_pass = _tile_takes_two_passes(spec.norm)
-    structure = _structure(spec, operands, config.block_n, two_pass)
+    two_pass = _tile_takes_two_passes(spec)
+    structure = structure_of(spec, operands, config.block_n, two_pass)
     tiles = structure["segments"][-1]["end"]
-    itemsize = _itemsize(weight.dtype)
+    itemsize = ITEM_SIZE[weight.dtype]
+    integers = operands["in.x"].dtype == "int8"
     pieces = max(1, 32 * config.num_warps // config.block_n)
     prefetch = min(config.prefetch, k_split, spec.in_features) // pieces * pieces
     piece = prefetch // pieces
@@ -213,9 +237,11 @@ def tile_request(spec: Linear, operands: Operands, config: TileConfig) -> tuple[
         "prefetch": 0 < prefetch <= last_split and aligned,
         "piece_bytes": piece * itemsize,
         "evict_first": config.evict_first,
-        "ieee": weight.dtype == "float32",
+        "ieee": operands["in.x"].dtype == "float32",
     }
-    numbers = _numbers(spec, operands)
+    if spec.quantization:
+        structure["bf16"] = operands["in.x"].dtype == "bfloat16"
+    numbers = numbers_of(spec, operands)
     numbers |= {"BN": config.block_n, "BT": config.block_t, "BK": block_k, "STAGES": config.stages, "SPLITS": splits}
     if spec.add:
         numbers["ADD_STRIDE"] = operands["in.add"].stride
@@ -225,9 +251,11 @@ def tile_request(spec: Linear, operands: Operands, config: TileConfig) -> tuple[
         numbers |= {"TILES": tiles, "K_SPLIT": k_split}
     if structure["prefetch"]:
         numbers |= {"PIECES": pieces, "PIECE": piece}
-    arguments = _arguments(spec, operands, not two_pass)
+    arguments = arguments_of(spec, operands, not two_pass)
+    if integers:
+        bind_input_scale(spec, arguments)
     if splits > 1:
-        arguments.bind_memory("scratch.parts", "float32")
+        arguments.bind_memory("scratch.parts", "int32" if integers else "float32")
         if spec.norm and not two_pass:
             arguments.bind_memory("scratch.moments", "float32")
         arguments.bind_memory("scratch.arrivals", "int32")
@@ -254,32 +282,28 @@ def tile_spec(spec: Linear, tokens: int) -> Linear:
 
 
 def _tile_launches(
-    spec: Linear, operands: Operands, tokens: int, context: KernelContext, draft: _Draft
+    spec: Linear, operands: Operands, tokens: int, context: KernelContext, draft: Draft
 ) -> tuple[Launch, ...]:
     inner = tile_spec(spec, tokens)
-    config = tile_config(inner, operands["w.weight"].dtype, tokens, context)
+    config = tile_config(inner, operands["in.x"].dtype, tokens, context)
     if inner == spec:
-        return (_tile_launch(spec, operands, config, draft),)
-    prepare = _prepare_rows(spec, operands, draft)
+        return (tile_launch(spec, operands, config, draft),)
+    prepare = prepare_rows(spec, operands, draft)
     rows = replace(operands["in.x"], stride=spec.in_features, aligned=True)
-    launch = _tile_launch(inner, {**operands, "in.x": rows}, config, draft)
+    launch = tile_launch(inner, {**operands, "in.x": rows}, config, draft)
     args = tuple("scratch.rows" if a == "in.x" else a for a in launch.args)
     return (prepare, replace(launch, args=args))
 
 
-def _prepare_rows(spec: Linear, operands: Operands, draft: _Draft) -> Launch:
+def prepare_rows(spec: Linear, operands: Operands, draft: Draft) -> Launch:
     """Launch a linear's prologue on its own, into scratch.rows."""
     request, launch = row_norm_launch(spec, operands, spec.in_features)
     draft.requests.append(request)
-    draft.reserve("rows", "T", _itemsize(operands["in.x"].dtype) * spec.in_features)
+    draft.reserve("rows", "T", ITEM_SIZE[operands["in.x"].dtype] * spec.in_features)
     return launch
 
 
-def _itemsize(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
-
-
-def _tile_launch(spec: Linear, operands: Operands, config: TileConfig, draft: _Draft) -> Launch:
+def tile_launch(spec: Linear, operands: Operands, config: TileConfig, draft: Draft) -> Launch:
     request, arguments, tiles = tile_request(spec, operands, config)
     draft.requests.append(request)
     splits = int(request.constexprs["SPLITS"])
@@ -294,16 +318,16 @@ def _tile_launch(spec: Linear, operands: Operands, config: TileConfig, draft: _D
 # ---------------------------------------------------------------- library GEMM and what surrounds it
 
 
-def _library_launches(spec: Linear, operands: Operands, draft: _Draft) -> tuple[Launch, ...]:
+def _library_launches(spec: Linear, operands: Operands, draft: Draft) -> tuple[Launch, ...]:
     launches, x = [], "in.x"
     if tile_spec(spec, LIBRARY_TOKENS) != spec:
-        launches.append(_prepare_rows(spec, operands, draft))
+        launches.append(prepare_rows(spec, operands, draft))
         x = "scratch.rows"
     only = spec.segments[0]
     plain = len(spec.segments) == 1 and only.activation == "none" and not only.gated
     if plain and not (spec.bias or spec.residuals or spec.softcap or spec.scale != 1.0):
         return (*launches, Launch("library", "mm", (x, "w.weight", "out.y0", "T")))
-    draft.reserve("product", "T", _itemsize(operands["in.x"].dtype) * spec.out_features)
+    draft.reserve("product", "T", ITEM_SIZE[operands["in.x"].dtype] * spec.out_features)
     launches.append(Launch("library", "mm", (x, "w.weight", "scratch.product", "T")))
     for i, segment in enumerate(spec.segments):
         request, launch = _epilogue_launch(spec, segment, i, operands)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from dscompile.codegen.emit import KernelRequest, kernel_request
 from dscompile.codegen.operands import Arguments, Operands, next_power_of_2
@@ -53,9 +54,13 @@ def row_norm_program(spec: RowNorm, operands: Operands, width: int) -> tuple[Pro
 
 
 def row_norm_launch(
-    spec: RowNorm | Linear, operands: Operands, width: int, out: str = "scratch.rows"
+    spec: RowNorm | Linear, operands: Operands, width: int, out: str = "scratch.rows", quantized: str = ""
 ) -> tuple[KernelRequest, Launch]:
-    """y = norm(post_norm(x) + add), also storing the sum: a RowNorm, or the prologue of a linear on its own."""
+    """y = norm(post_norm(x) + add), also storing the sum: a RowNorm, or the prologue of a linear on its own.
+
+    quantized: "token" or "tensor" where rows are rounded to int8 (plan.Quantization); scratch.scales [rows] float32
+               then takes the scale of each row, if w.input_scale does not hold that of all
+    """
     post = spec.post_norm if isinstance(spec, Linear) else None
     store = isinstance(spec, Linear) and spec.store
     arguments = Arguments(operands)
@@ -71,8 +76,15 @@ def row_norm_launch(
     if store:
         arguments.bind("out.sum")
         numbers["SUM_STRIDE"] = operands["out.sum"].stride
+    rows = spec.rows if isinstance(spec, Linear) and quantized else "T"
+    if rows == "R":
+        arguments.bind("step.logit_rows")
+    if quantized == "tensor":
+        arguments.bind("w.input_scale")
+    elif quantized:
+        arguments.bind_memory("scratch.scales", "float32")
     if out.startswith("scratch."):
-        arguments.bind_memory(out, operands["in.x"].dtype)
+        arguments.bind_memory(out, "int8" if quantized else operands["in.x"].dtype)
         numbers["Y_STRIDE"] = width
     else:
         arguments.bind(out)
@@ -82,9 +94,11 @@ def row_norm_launch(
         (n.kind if n else "", prefix, eps, bool(n and n.weight), bool(n and n.bias))
         for n, prefix, eps in ((post, "post_", "POST_EPS"), (spec.norm, "", "EPS"))
     ]
-    structure = {"norms": norms, "add": spec.add, "store": store}
+    structure: dict[str, Any] = {"norms": norms, "add": spec.add, "store": store}
+    if quantized:
+        structure |= {"quantized": quantized, "rows": rows}
     request = kernel_request("row_norm", numbers, params, structure=structure, num_warps=_warps(width), num_stages=1)
-    return request, Launch("kernel", request.name, arguments.args, (Extent(1, "T"),))
+    return request, Launch("kernel", request.name, arguments.args, (Extent(1, rows),))
 
 
 def _warps(width: int) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dscompile.codegen.attention_kernels import attention_program
 from dscompile.codegen.deterministic import deterministic_program
 from dscompile.codegen.emit import KernelRequest
+from dscompile.codegen.int8_kernels import int8_linear_program
 from dscompile.codegen.linear_kernels import linear_program
 from dscompile.codegen.moe_kernels import moe_program
 from dscompile.codegen.operands import KernelContext, Operand, Operands
 from dscompile.codegen.row_kernels import embed_program, row_norm_program
 from dscompile.codegen.targets import supports
+from dscompile.codegen.tuned_table import rounds_rows
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.plan import Attention, Embed, Linear, Moe, Program, RowNorm
 
@@ -37,7 +39,7 @@ def programs_for(
     if isinstance(spec, Moe):
         return moe_program(spec, operands, context)
     if isinstance(spec, Linear):
-        return linear_program(spec, operands, context)
+        return (int8_linear_program if rounds_rows(spec) else linear_program)(spec, operands, context)
     if isinstance(spec, Attention):
         return attention_program(spec, operands, context)
     if isinstance(spec, Embed):

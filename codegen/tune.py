@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 
-from dscompile.codegen.operands import KernelContext, ceil_div
-from dscompile.codegen.tuned_table import RowConfig, TileConfig, num_sms
+from dscompile.codegen.operands import KernelContext, ceil_div, next_power_of_2
+from dscompile.codegen.tuned_table import WIDEST_TILE, Int8RowConfig, RowConfig, TileConfig, num_sms, rounds_rows
 from dscompile.runtime.plan import Linear
 
 # block_n, block_k, num_warps, prefetch, stages
@@ -34,6 +34,15 @@ _ROWS = (
 )
 
 
+def linear_candidates(
+    spec: Linear, tokens: int, context: KernelContext
+) -> Sequence[RowConfig | Int8RowConfig | TileConfig]:
+    """Configurations of a linear for `tokens` tokens."""
+    if tokens > 1:
+        return tile_candidates(spec, tokens, context)
+    return int8_row_candidates(spec) if rounds_rows(spec) else row_candidates(spec)
+
+
 def row_candidates(spec: Linear) -> list[RowConfig]:
     """Configurations for one row."""
     least = 2 if any(s.gated for s in spec.segments) else 1
@@ -44,12 +53,49 @@ def row_candidates(spec: Linear) -> list[RowConfig]:
     ]
 
 
+# block_n, block_k, num_warps, prefetch
+_INT8_ROWS = (
+    (8, 1024, 4, 1),
+    (4, 1024, 4, 2),
+    (8, 512, 8, 4),
+    (16, 1024, 4, 1),
+    (8, 1024, 8, 1),
+    (16, 1024, 8, 1),
+    (4, 1024, 4, 1),
+    (4, 1024, 8, 3),
+)
+
+
+def int8_row_candidates(spec: Linear) -> list[Int8RowConfig]:
+    """Configurations for one row that is rounded to int8."""
+    words = next_power_of_2(spec.in_features // 4)
+    return list(dict.fromkeys(Int8RowConfig(n, min(k, words), warps, p) for n, k, warps, p in _INT8_ROWS))
+
+
+# block_n, block_t, block_k, num_warps, stages
+_WIDE = (
+    (128, 128, 128, 8, 4),
+    (128, 256, 128, 8, 3),
+    (128, 256, 128, 8, 4),
+    (256, 128, 128, 8, 4),
+    (256, 128, 128, 8, 3),
+    (128, 128, 128, 8, 3),
+    (128, 128, 64, 8, 6),
+    (128, 128, 64, 4, 6),
+    (256, 128, 64, 8, 6),
+    (128, 256, 256, 8, 2),
+    (256, 64, 128, 8, 4),
+)
+
+
 def tile_candidates(spec: Linear, tokens: int, context: KernelContext) -> list[TileConfig]:
-    """Configurations for tiles of `tokens` tokens of 2-byte numbers.
+    """Configurations for tiles of `tokens` tokens of int8 or 2-byte numbers.
 
     Ordered by how far they are from what streams best by reckoning (about two programs a multiprocessor in all, and
     the most bytes under way), but every size of tile comes once before any comes twice.
     """
+    if tokens > WIDEST_TILE:
+        return [TileConfig(*sizes, evict_first=False) for sizes in _WIDE]
     ranked = sorted(_tiles(spec, tokens, context), key=lambda scored: scored[0], reverse=True)
     seen: dict[tuple, int] = {}
     turns = []
@@ -62,13 +108,16 @@ def tile_candidates(spec: Linear, tokens: int, context: KernelContext) -> list[T
 
 def _tiles(spec: Linear, tokens: int, context: KernelContext) -> Iterator[tuple[float, TileConfig]]:
     sms = min(num_sms(t) for t in context.targets)
-    for n, k, splits, prefetch in product((16, 32, 64, 128), (64, 128, 256), (1, 2, 3, 4, 8), (0, 512)):
+    weight_size = 1 if spec.quantization else 2
+    size = 1 if rounds_rows(spec) else 2
+    columns = (64, 128, 256, 512) if size == 1 else (64, 128, 256)
+    for n, k, splits, prefetch in product((16, 32, 64, 128), columns, (1, 2, 3, 4, 8), (0, 512)):
         programs = ceil_div(spec.out_features, n) * splits
         starved = programs < sms * 0.6 and splits < 8
         if k * splits * 4 > spec.in_features or (splits > 1 and programs > 4 * sms) or starved:
             continue
         for stages, warps in product((3, 4, 5, 6, 8), (4, 8)):
-            shared = stages * 2 * k * (n + tokens)
+            shared = stages * k * (n * weight_size + tokens * size)
             if not 20_000 <= shared <= min(200_000, context.shared_budget - 8_192) or (warps == 8 and n < 128):
                 continue
             resident = min(sms * max(1, 220_000 // shared), programs)

@@ -162,12 +162,8 @@ def _check_available(config: CompileConfig) -> None:
         raise UserError("quant_lm_head and rounding need a scheme: give --quant int8 too")
     if config.static_activations and config.quant not in STATIC:
         raise UserError("static_activations needs a scheme that quantizes activations: give --quant int8")
-    if config.static_activations and config.targets:
-        raise UserError("static_activations is not yet on a GPU: leave it out, or compile with --target cpu")
     if not config.quantizes and config.calibrate is not None:
         raise UserError("calibrate needs something to quantize: give --quant int8 too")
-    if config.quant != "none" and config.targets:
-        raise UserError(f"--quant {config.quant} is not yet on a GPU: compile with --target cpu")
     if config.tensor_parallel > 1 or config.pipeline_parallel > 1:
         raise UserError("parallel artifacts are not available in this version: leave out tensor and pipeline_parallel")
     if config.deterministic and config.targets and (config.quantizes or config.tune):

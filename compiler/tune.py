@@ -19,7 +19,7 @@ import torch
 from dscompile.codegen.aot import compile_kernels
 from dscompile.codegen.linear_kernels import TILE_RANGES
 from dscompile.codegen.operands import KernelContext
-from dscompile.codegen.tune import row_candidates, tile_candidates
+from dscompile.codegen.tune import linear_candidates
 from dscompile.compiler.progress import Progress, Silent
 from dscompile.passes.graph import ModelGraph
 from dscompile.passes.lower.lower import Limits, Lowered, lower
@@ -92,18 +92,20 @@ class _Bench:
             self._targets, plan.page_size, limits.max_seq_len, limits.max_batch, limits.max_step_tokens, plan.kv_groups
         )
         specs: dict[tuple, tuple[Linear, int]] = {}
+        shapes: dict[tuple, dict[str, Any]] = {}
         for step in plan.steps:
             if isinstance(step.spec, Linear):
                 spec = step.spec
                 gated = any(s.gated for s in spec.segments)
-                key = (spec.out_features, spec.in_features, gated, tokens)
+                quantization = {"quantization": spec.quantization.activations} if spec.quantization else {}
+                key = (spec.out_features, spec.in_features, gated, tokens, *quantization.values())
                 held = specs.get(key, (spec, 0))[1]
                 specs[key] = (spec, held + spec.out_features * spec.in_features)
+                shapes[key] = {"shape": list(key[:2]), "gated": gated, "tokens": tokens} | quantization
         options = []
         for key, (spec, _) in sorted(specs.items(), key=lambda item: -item[1][1]):
-            configs = row_candidates(spec) if tokens == 1 else tile_candidates(spec, tokens, context)
-            shape = {"shape": list(key[:2]), "gated": key[2], "tokens": tokens}
-            options.append((key, [shape | {"config": asdict(c)} for c in configs[:candidates]]))
+            configs = linear_candidates(spec, tokens, context)[:candidates]
+            options.append((key, [shapes[key] | {"config": asdict(c)} for c in configs]))
         self._compile([self._lower((entry,)) for _, entries in options for entry in entries])
         return options
 

@@ -52,7 +52,7 @@ def _executor(root: Path, manifest: Manifest, plan: Plan, device: torch.device, 
 
 def _device(device: str | torch.device | None, manifest: Manifest) -> torch.device:
     if device is None:
-        return torch.device("cuda", torch.cuda.current_device()) if _runs_here(manifest) else torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if runs_here(manifest) else torch.device("cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
@@ -69,7 +69,7 @@ def _device(device: str | torch.device | None, manifest: Manifest) -> torch.devi
     return torch.device("cpu")
 
 
-def _runs_here(manifest: Manifest) -> bool:
+def runs_here(manifest: Manifest) -> bool:
     """Whether there is a GPU, and one of the artifact's targets has its major version and is not newer."""
     if not manifest.targets or not torch.cuda.is_available():
         return False

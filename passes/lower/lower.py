@@ -117,7 +117,7 @@ def lower(
         hidden=lowering.hidden,
     )
     lowered = Lowered(plan, lowering.weights.recipes, (), lowering.regions, classes)
-    return _with_kernels(lowered, targets, model, measured, limits.deterministic) if targets else lowered
+    return with_kernels(lowered, targets, model, measured, limits.deterministic) if targets else lowered
 
 
 class _Lowering:
@@ -275,8 +275,12 @@ def _layer_classes(steps: tuple[Step, ...]) -> list[tuple[int, ...]]:
     return [tuple(members) for members in classes.values()]
 
 
-def _with_kernels(
-    lowered: Lowered, targets: tuple[str, ...], model: str, measured: tuple[dict, ...], deterministic: bool
+def with_kernels(
+    lowered: Lowered,
+    targets: tuple[str, ...],
+    model: str = "",
+    measured: tuple[dict, ...] = (),
+    deterministic: bool = False,
 ) -> Lowered:
     """Choose programs; steps whose specs and operands are equal share one."""
     plan = lowered.plan

@@ -12,8 +12,8 @@ INT8_ROLES = ("weight_scale", "input_scale")
 
 
 def without_quantization(lowered: Lowered, dtype: str) -> Lowered:
-    """A plan for the CPU with the steps of `lowered` in which every int8 weight is the unrounded one in `dtype`, and so
-    is the cache."""
+    """A plan without kernels: the steps of `lowered`, with the unrounded weight in `dtype` for every int8 one, and the
+    cache in `dtype`."""
     weights = {n: w for n, w in lowered.plan.weights.items() if not isinstance(lowered.recipes[n], Quantize)}
     recipes: dict[str, Recipe] = {n: lowered.recipes[n] for n in weights}
 

@@ -45,7 +45,7 @@ def linear(spec: Linear, tensors: Tensors, logit_rows: torch.Tensor | None = Non
     outputs = {"out.sum": v} if spec.store else {}
     if spec.norm:
         v = norm(spec.norm, v, t.get("w.norm_weight"), t.get("w.norm_bias"))
-    p = v @ t["w.weight"].T
+    p = product(spec, v, t)
     if spec.bias:
         p = p + t["w.bias"]
     for i, s in enumerate(spec.segments):
@@ -61,6 +61,19 @@ def linear(spec: Linear, tensors: Tensors, logit_rows: torch.Tensor | None = Non
             z = z + t[f"in.residual{r}"]
         outputs[f"out.y{i}"] = z
     return outputs
+
+
+def product(spec: Linear, v: torch.Tensor, t: Tensors) -> torch.Tensor:
+    """v times the weight; both rounded to integers where the linear is quantized."""
+    if spec.quantization is None:
+        return v @ t["w.weight"].T
+    if spec.quantization.activations == "none":
+        return v @ t["w.weight"].T * t["w.weight_scale"]
+    largest = v.abs().amax(-1, keepdim=True)
+    scale = torch.where(largest > 0, largest / 127, 1.0)
+    if spec.quantization.activations == "tensor":
+        scale = t["w.input_scale"]
+    return (v / scale).round().clamp(-127, 127) @ t["w.weight"].T * scale * t["w.weight_scale"]
 
 
 def moe(spec: Moe, tensors: Tensors) -> torch.Tensor:

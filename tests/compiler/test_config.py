@@ -44,7 +44,6 @@ def test_dummy_weights():
         ({"target": "gpu"}, "unknown target 'gpu'"),
         ({"target": ""}, "no target"),
         ({"quant": "int3"}, "unknown quant"),
-        ({"quant": "int8", "target": "sm_90"}, "not yet on a GPU: compile with --target cpu"),
         ({"quant_lm_head": True}, "--quant int8 too"),
         ({"calibrate": "text.txt"}, "--quant int8 too"),
         ({"max_perplexity_increase": -1}, "percentage"),

@@ -32,17 +32,30 @@ MODELS = {
 }
 
 
-def build(name: str, directory: Path) -> Path:
+def build(name: str, directory: Path, **quantization) -> Path:
     """Compile a model's shapes for both targets; returns the artifact."""
     MODELS[name]().save_pretrained(directory / "model")
-    options = {"dtype": "float16", "target": ",".join(TARGETS), "dummy_weights": "generated", "verify": False}
+    options = {
+        "dtype": "float16",
+        "target": ",".join(TARGETS),
+        "dummy_weights": "generated",
+        "verify": False,
+    } | quantization
     compile_model(directory / "model", directory / "artifact", **options)
     return directory / "artifact"
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_kernel_compiles_and_fits(name, tmp_path):
-    artifact = build(name, tmp_path)
+CASES = {name: (name, {}) for name in MODELS} | {
+    "nano-llama int8": ("nano-llama", {"quant": "int8", "quant_lm_head": True}),
+    "small-gptj int8": ("small-gptj", {"quant": "int8"}),
+    "small-bloom int8-weight-only": ("small-bloom", {"quant": "int8-weight-only", "quant_lm_head": True}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_kernel_compiles_and_fits(case, tmp_path):
+    name, quantization = CASES[case]
+    artifact = build(name, tmp_path, **quantization)
     manifest, plan = open_artifact(artifact)
     launched = {
         launch.target

@@ -11,7 +11,13 @@ from dscompile.codegen.operands import KernelContext, Operand
 from dscompile.codegen.select import programs_for
 from dscompile.runtime.plan import Case, KVGroup, Program
 
-NAMES = {torch.float16: "float16", torch.float32: "float32", torch.int32: "int32"}
+NAMES = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.int32: "int32",
+    torch.int8: "int8",
+}
 TOLERANCE = {torch.float16: 1e-3, torch.float32: 2e-6}
 
 
@@ -57,7 +63,7 @@ def run(
     surroundings = how.get("context") or context()
     program, requests = programs_for(spec, operands(tensors), surroundings)
     case = case_for(program, how.get("count", sizes["T"]), how.get("decode", False))
-    runner = JitRunner(requests)
+    runner = JitRunner(requests, tensors["in.x"].device.type if "in.x" in tensors else "cpu")
     scratch = runner.scratch(program, sizes)
 
     def bind(arg: str) -> Any:

@@ -1,0 +1,105 @@
+"""Kernels of a linear whose products are of integers: one row rounded where it is read, many rows ahead of tiles."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dscompile.codegen.emit import KernelRequest, kernel_request
+from dscompile.codegen.linear_kernels import (
+    TILE_RANGES,
+    Draft,
+    arguments_of,
+    numbers_of,
+    structure_of,
+    tile_launch,
+)
+from dscompile.codegen.operands import Arguments, KernelContext, Operand, Operands, ceil_div, next_power_of_2
+from dscompile.codegen.row_kernels import row_norm_launch
+from dscompile.codegen.tuned_table import Int8RowConfig, int8_row_config, tile_config
+from dscompile.runtime.plan import Case, Extent, Launch, Linear, Program, Quantization
+
+PREFILL_TOKENS = 2048
+RANGES = (*TILE_RANGES, (TILE_RANGES[-1][1] + 1, PREFILL_TOKENS))
+
+
+def int8_linear_program(
+    spec: Linear, operands: Operands, context: KernelContext
+) -> tuple[Program, tuple[KernelRequest, ...]]:
+    """Choose the kernels of a linear of int8 rows and weights for every range of its rows."""
+    draft, first = Draft(), 1
+    cases: list[Case] = []
+    if has_words(operands):
+        cases.append(Case(1, 1, (_row_launch(spec, operands, int8_row_config(spec, context), draft),)))
+        first = 2
+    prepare = _quantize_rows(spec, operands, draft)
+    for _, high in RANGES:
+        last = high == RANGES[-1][1]
+        config = tile_config(tile_spec(spec), "int8", high, context)
+        launch = tile_launch(tile_spec(spec), tile_operands(spec, operands), config, draft)
+        args = tuple("scratch.rows" if a == "in.x" else a for a in launch.args)
+        cases.append(Case(first, 0 if last else high, (prepare, replace(launch, args=args))))
+        first = high + 1
+    return draft.program(cases)
+
+
+# ---------------------------------------------------------------- one row
+
+
+def has_words(operands: Operands) -> bool:
+    """Whether four neighbours of a weight's row can be read as one word."""
+    weight = operands["w.weight"]
+    return weight.aligned and weight.shape[1] % 4 == 0 and weight.stride % 4 == 0
+
+
+def int8_row_request(spec: Linear, operands: Operands, config: Int8RowConfig) -> tuple[KernelRequest, Arguments, int]:
+    """The kernel for one row of x, its arguments and its number of programs."""
+    words = spec.in_features // 4
+    block_k = min(config.block_k, next_power_of_2(words))
+    chunks = ceil_div(words, block_k)
+    structure = structure_of(spec, operands, config.block_n, two_pass=True)
+    structure |= {"tail_k": words % block_k != 0, "chunks": chunks, "prefetch": min(config.prefetch, chunks)}
+    numbers = numbers_of(spec, operands) | {"BN": config.block_n, "BK": block_k}
+    if spec.add and spec.rows == "R":
+        numbers["ADD_STRIDE"] = operands["in.add"].stride
+    arguments = arguments_of(spec, operands, folded_norm=False)
+    if spec.quantization and spec.quantization.activations == "tensor":
+        arguments.bind("w.input_scale")
+    request = kernel_request(
+        "linear_int8_row", numbers, arguments.params, structure=structure, num_warps=config.num_warps, num_stages=1
+    )
+    return request, arguments, structure["segments"][-1]["end"]
+
+
+def _row_launch(spec: Linear, operands: Operands, config: Int8RowConfig, draft: Draft) -> Launch:
+    request, arguments, programs = int8_row_request(spec, operands, config)
+    draft.requests.append(request)
+    grid = (Extent(programs),) + ((Extent(1, "R"),) if spec.rows == "R" else ())
+    return Launch("kernel", request.name, arguments.args, grid)
+
+
+# ---------------------------------------------------------------- many rows
+
+
+def tile_spec(spec: Linear) -> Linear:
+    """What the tile kernel computes: its rows come normalised and rounded."""
+    return replace(spec, norm=None, post_norm=None, add=False, store=False)
+
+
+def tile_operands(spec: Linear, operands: Operands) -> Operands:
+    """The operands of `tile_spec`, x in scratch memory."""
+    return {**operands, "in.x": Operand("int8", spec.in_features)}
+
+
+def quantize_request(spec: Linear, operands: Operands) -> tuple[KernelRequest, Launch]:
+    """A linear's prologue and the rounding of its rows, into scratch.rows and scratch.scales."""
+    assert spec.quantization is not None
+    return row_norm_launch(spec, operands, spec.in_features, quantized=spec.quantization.activations)
+
+
+def _quantize_rows(spec: Linear, operands: Operands, draft: Draft) -> Launch:
+    request, launch = quantize_request(spec, operands)
+    draft.requests.append(request)
+    draft.reserve("rows", spec.rows, spec.in_features)
+    if spec.quantization == Quantization("token"):
+        draft.reserve("scales", spec.rows, 4)
+    return launch

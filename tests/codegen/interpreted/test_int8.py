@@ -1,0 +1,104 @@
+"""The linear kernels of int8 weights, and of int8 rows, against the formula: every prologue and epilogue, odd sizes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dscompile.codegen import int8_kernels, linear_kernels
+from dscompile.codegen.tuned_table import Int8RowConfig, TileConfig
+from dscompile.runtime.plan import Linear, Quantization, Segment
+from tests.codegen import oracle
+from tests.codegen.interpreted.harness import run
+from tests.codegen.interpreted.test_linear import HEADS, SPECS, K, N, tensors_for
+from tests.helpers import rms_ratio
+
+HOW = {how: Quantization(how) for how in ("token", "tensor", "none")}
+TOKEN, WEIGHT = HOW["token"], HOW["none"]
+TOLERANCE = {torch.float16: 1e-3, torch.float32: 1e-5}
+
+
+def quantized(spec: Linear, how: Quantization, rows: int, outputs: int, dtype: torch.dtype) -> tuple[Linear, dict]:
+    """The spec in int8 and operands for it."""
+    spec = replace(spec, quantization=how)
+    tensors = tensors_for(spec, rows, outputs, dtype)
+    tensors.pop("w.row_sum", None)
+    tensors["w.weight"] = torch.randint(-127, 128, (spec.out_features, spec.in_features), dtype=torch.int8)
+    tensors["w.weight_scale"] = (0.5 + torch.rand(spec.out_features)) / (73 * spec.in_features**0.5)
+    if how.activations == "tensor":
+        tensors["w.input_scale"] = torch.tensor([0.02])  # a quarter of what is normalised is beyond 127 steps
+    return spec, tensors
+
+
+def check(spec: Linear, how: Quantization, rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(rows)
+    spec, tensors = quantized(spec, how, rows, rows, dtype)
+    run(spec, tensors, {}, {"T": rows, "B": rows, "R": rows})
+    for role, expected in oracle.linear(spec, tensors).items():
+        assert rms_ratio(tensors[role], expected) <= TOLERANCE[dtype], role
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("rows", [1, 3, 17, 150])
+@pytest.mark.parametrize("how", HOW)
+def test_linear(name: str, rows: int, how: str) -> None:
+    check(SPECS[name], HOW[how], rows, torch.float32 if rows == 3 else torch.float16)
+
+
+@pytest.mark.parametrize("name", ["sandwich_layer", "rms_weight", "layer_weight_bias", "packed"])
+def test_a_row_in_several_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Int8RowConfig(block_n=4, block_k=16, num_warps=4, prefetch=2)
+    monkeypatch.setattr(int8_kernels, "int8_row_config", lambda *_: small)
+    check(SPECS[name], TOKEN, 1, torch.float32)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", ["plain", "packed"])
+def test_programs_that_share_columns_add_up(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = TileConfig(block_n=16, block_t=8, block_k=32, splits=3)
+    for module in (linear_kernels, int8_kernels):
+        monkeypatch.setattr(module, "tile_config", lambda *_: split)
+    check(SPECS[name], HOW[how], 6, torch.float16)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("rows,logits", [(1, 1), (7, 1), (40, 19), (9, 3)])
+def test_head_reads_the_rows_asked_for(name: str, rows: int, logits: int, how: str) -> None:
+    torch.manual_seed(0)
+    spec, tensors = quantized(HEADS[name], HOW[how], rows, logits, torch.float16)
+    chosen = torch.randperm(rows)[:logits].to(torch.int32)
+    run(spec, tensors, {"logit_rows": chosen}, {"T": rows, "B": 1, "R": logits}, count=logits)
+    limit = 1e-5 if how != "none" else 1e-3  # tensor cores read normalised rows in float16
+    assert rms_ratio(tensors["out.y0"], oracle.linear(spec, tensors, chosen)["out.y0"]) <= limit
+
+
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_integers_are_added_up_exactly(rows: int) -> None:
+    torch.manual_seed(rows)
+    spec, tensors = quantized(Linear(K, N, (Segment(0, N),)), TOKEN, rows, rows, torch.float32)
+    integers = torch.randint(-127, 128, (rows, K))
+    integers[:, 7] = 127  # the step of each row is one
+    tensors["in.x"].copy_(integers)
+    tensors["w.weight_scale"].fill_(1.0)
+    run(spec, tensors, {}, {"T": rows, "B": rows, "R": rows})
+    assert torch.equal(tensors["out.y0"].long(), integers @ tensors["w.weight"].long().T)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_rows_of_zeros_give_zeros_and_nan_gives_nan(rows: int) -> None:
+    torch.manual_seed(0)
+    spec, tensors = quantized(Linear(K, N, (Segment(0, N),)), TOKEN, rows, rows, torch.float16)
+    tensors["in.x"].zero_()
+    run(spec, tensors, {}, {"T": rows, "B": rows, "R": rows})
+    assert not tensors["out.y0"].any()
+    tensors["in.x"][-1, 3] = float("nan")
+    run(spec, tensors, {}, {"T": rows, "B": rows, "R": rows})
+    assert tensors["out.y0"][-1].isnan().all()
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_columns_that_make_no_whole_words(rows: int) -> None:
+    check(Linear(53, N, (Segment(0, N),)), TOKEN, rows, torch.float32)
