@@ -15,7 +15,7 @@ from pathlib import Path
 from dscompile.compiler.compile import compile_model
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.report import LayerClass, Report
-from tests.compiler.tiny import CONFIGS, ENCODERS, OPTIONS, RECURRENT, make_config, save_encoder, save_model
+from tests.compiler.tiny import CONFIGS, ENCODERS, OPTIONS, REFUSED, make_config, save_encoder, save_model
 
 ENCODER_OPTIONS = {name: OPTIONS[name] for name in ("target", "max_batch")}
 DOCUMENT = Path(__file__).parents[1] / "docs" / "coverage.md"
@@ -44,7 +44,7 @@ def row(name: str, report: Report) -> str:
 
 def refusal(name: str, reason: str) -> str:
     """The line of an architecture that is refused."""
-    return f"| {name} | {RECURRENT[name][0].removesuffix('Config')} | refused | {reason} |"
+    return f"| {name} | {REFUSED[name][0].removesuffix('Config')} | refused | {reason} |"
 
 
 def _describe(layer_class: LayerClass) -> str:
@@ -59,8 +59,8 @@ def _without_numbers(text: str) -> str:
 
 def measure(name: str, scratch: Path) -> str:
     """The whole line of a configuration."""
-    if name in RECURRENT:
-        make_config(RECURRENT[name]).save_pretrained(scratch / "model")
+    if name in REFUSED:
+        make_config(REFUSED[name]).save_pretrained(scratch / "model")
         try:
             compile_model(scratch / "model", scratch / "out", dummy_weights=True, **OPTIONS)
         except UserError as reason:
@@ -78,11 +78,11 @@ def measure(name: str, scratch: Path) -> str:
 def main(names: list[str]) -> None:
     text = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if line.startswith("| ")}
-    for name in names or [*CONFIGS, *ENCODERS, *RECURRENT]:
+    for name in names or [*CONFIGS, *ENCODERS, *REFUSED]:
         with tempfile.TemporaryDirectory() as scratch:
             lines[name] = measure(name, Path(scratch))
         print(lines[name], flush=True)
-    known = [lines[name] for name in (*CONFIGS, *ENCODERS, *RECURRENT) if name in lines]
+    known = [lines[name] for name in (*CONFIGS, *ENCODERS, *REFUSED) if name in lines]
     DOCUMENT.write_text(HEAD + "\n".join(known) + "\n", encoding="utf-8")
 
 

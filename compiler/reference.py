@@ -52,7 +52,11 @@ def reference_outputs(
     freeze_rotary(model, max_seq_len)
     device = device if _fits(model, device) else torch.device("cpu")
     model = model.to(device)
-    rows = [model(torch.tensor([t], device=device), **options)[output][0].float().cpu() for t in texts]
+    try:
+        rows = [model(torch.tensor([t], device=device), **options)[output][0].float().cpu() for t in texts]
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{source.name}: transformers cannot run it for the comparison: {reason}") from error
     del model
     gc.collect()
     return rows

@@ -221,6 +221,7 @@ _aten = torch.ops.aten
 
 def _simplify(graph: ModelGraph) -> None:
     """Drop assertions, and operators that return their input unchanged."""
+    _record_users(graph.graph)
     for node in list(graph.graph.nodes):
         if node.op == "call_module" or (node.op == "call_function" and any(a in str(node.target) for a in _ASSERTIONS)):
             graph.graph.erase_node(node)
@@ -241,10 +242,18 @@ def _simplify(graph: ModelGraph) -> None:
     graph.graph.lint()
 
 
+def _record_users(graph: fx.Graph) -> None:
+    """Note the users that torch.export forgets of nodes whose results nothing needs."""
+    for node in graph.nodes:
+        for source in node.all_input_nodes:
+            source.users.setdefault(node)
+
+
 def _leave_meta(node: fx.Node) -> None:
     """Let what the model computes of constants be computed on the CPU."""
     cpu = torch.device("cpu")
-    node.args = tuple(cpu if isinstance(a, torch.device) else a for a in node.args)
+    if any(isinstance(a, torch.device) for a in node.args):
+        node.args = tuple(cpu if isinstance(a, torch.device) else a for a in node.args)
     if "device" in node.kwargs:
         node.update_kwarg("device", cpu)
 

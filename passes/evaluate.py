@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dscompile.passes import recipe as recipes
 from dscompile.passes.graph import ModelGraph, is_weight
 from dscompile.passes.recipe import Constant, Source
 
@@ -30,6 +31,12 @@ def evaluate(graph: ModelGraph, node: fx.Node, given: dict[fx.Node, Any]) -> Any
             for used in [i for i in ancestor.all_input_nodes if last_use[i] is ancestor]:
                 del values[used]
     return values[node]
+
+
+def has_value(graph: ModelGraph, node: fx.Node) -> bool:
+    """Whether tokens and positions are all that is needed to compute a node: no weight goes in."""
+    weights = (n for n in _in_order(node, {}) if is_weight(n))
+    return all(isinstance(graph.recipe(n), Constant) for n in weights)
 
 
 def describe(graph: ModelGraph, node: fx.Node, given: Iterable[fx.Node]) -> str:
@@ -79,9 +86,14 @@ def _in_order(node: fx.Node, known: dict[fx.Node, Any]) -> list[fx.Node]:
 
 
 def _constant(graph: ModelGraph, node: fx.Node) -> Tensor:
-    if is_weight(node) and isinstance(recipe := graph.recipe(node), Constant):
-        return graph.constants[recipe.name]
-    if is_weight(node) and isinstance(recipe, Source) and recipe.name in graph.buffers:
-        graph.assumed.add(recipe.name)
-        return graph.buffers[recipe.name]
-    raise KeyError(f"{node.name} has no value at compile time")
+    def known(leaf: Source | Constant) -> Tensor:
+        if isinstance(leaf, Constant):
+            return graph.constants[leaf.name]
+        if leaf.name not in graph.buffers:
+            raise KeyError(f"{node.name} has no value at compile time")
+        graph.assumed.add(leaf.name)
+        return graph.buffers[leaf.name]
+
+    if not is_weight(node):
+        raise KeyError(f"{node.name} has no value at compile time")
+    return recipes.evaluate(graph.recipe(node), known)

@@ -36,7 +36,9 @@ def _linear_names(node: fx.Node) -> tuple[str, ...]:
         return ("head",)
     names = []
     readers = _readers(node)
-    if any(_leads_to_attention(r, node.meta.get("layer")) for r in readers):
+    # A row that a residual is added to is no latent one, though layers that share a module share a number.
+    layer = node.meta.get("layer")
+    if any(r.target is vocabulary.attention or (not node.args[1] and _leads_to_attention(r, layer)) for r in readers):
         names.append("attn_in")
     if any(_computes_hidden(node, r) for r in readers):
         names.append("mlp_in")
@@ -66,11 +68,8 @@ def _leads_to_attention(reader: fx.Node, layer: int | None) -> bool:
 
 def _computes_hidden(node: fx.Node, reader: fx.Node) -> bool:
     """Whether a linear's activated product is what another linear reads: the hidden row of an MLP."""
-    if reader.target is not fused_linear or reader.args[3].norm is not None:
-        return False
-    return any(_producer(x) is node for x in reader.args[0]) and any(
-        s.gated or s.activation != "none" for s in node.args[3].segments
-    )
+    reads = reader.target is fused_linear and any(_producer(x) is node for x in reader.args[0])
+    return reads and any(s.gated or s.activation != "none" for s in node.args[3].segments)
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from dscompile.passes import vocabulary
-from dscompile.passes.evaluate import depends_on, depends_on_tokens, evaluate
+from dscompile.passes.evaluate import depends_on, depends_on_tokens, evaluate, has_value
 from dscompile.passes.graph import ModelGraph, is_weight
 from dscompile.passes.recipe import Constant
 from dscompile.passes.rule import Log
@@ -24,8 +24,8 @@ def canonical_embeddings(graph: ModelGraph, log: Log) -> None:
         if node.target is aten.embedding.default and node.args[1] is graph.tokens:
             _replace(graph, node, vocabulary.embedding, (graph.tokens, node.args[0]))
             log.matched("w[tokens] -> embedding")
-        elif node.target is aten.embedding.default and is_weight(node.args[0]):
-            offset = _position_offset(graph, node.args[1])
+        elif (index := _looked_up(node)) is not None:
+            offset = _position_offset(graph, index)
             if offset is not None:
                 _replace(graph, node, vocabulary.position_embedding, (graph.positions, node.args[0], offset))
                 log.matched("w[positions + c] -> position_embedding")
@@ -35,6 +35,15 @@ def canonical_embeddings(graph: ModelGraph, log: Log) -> None:
                     _tabulate(graph, term)
                     log.matched("f(positions) -> position_embedding")
     graph.drop_dead()
+
+
+def _looked_up(node: fx.Node) -> fx.Node | None:
+    """The index [1, T] of a node that takes rows of a weight."""
+    if node.target not in (aten.embedding.default, aten.index.Tensor) or not is_weight(node.args[0]):
+        return None
+    index = node.args[1] if node.target is aten.embedding.default else node.args[1][0]
+    several = node.target is aten.index.Tensor and len(node.args[1]) > 1
+    return None if several or index is None or index.meta["val"].ndim != 2 else index
 
 
 def _position_offset(graph: ModelGraph, index: fx.Node) -> int | None:
@@ -49,7 +58,7 @@ def _position_offset(graph: ModelGraph, index: fx.Node) -> int | None:
 def _is_position_table(graph: ModelGraph, node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
     if node.target is vocabulary.position_embedding or node.op != "call_function":
         return False
-    if not isinstance(value := node.meta.get("val"), Tensor) or value.ndim != 3:
+    if not isinstance(value := node.meta.get("val"), Tensor) or value.ndim != 3 or not has_value(graph, node):
         return False
     return not depends_on_tokens(graph, memo, node) and depends_on(node, {graph.positions}, {})
 

@@ -102,7 +102,9 @@ def rows_of_linear(graph: ModelGraph, node: fx.Node, start: int, stop: int) -> f
 
 def _column_ranges(user: fx.Node) -> list[tuple[fx.Node, int, int]] | None:
     """The column ranges a slicing user takes: (node to replace, start, stop)."""
-    source = user.args[0]
+    source = user.args[0] if user.args else None
+    if not isinstance(source, fx.Node) or not source.meta["val"].shape:
+        return None
     last, width = source.meta["val"].ndim - 1, source.meta["val"].shape[-1]
     if user.target is aten.slice.Tensor and user.args[1] in (last, -1) and (len(user.args) < 5 or user.args[4] == 1):
         start = user.args[2] or 0

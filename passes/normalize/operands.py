@@ -56,6 +56,7 @@ ROTATION = {
     aten.view_as_real.default,
 }
 POSITIONS_PER_CHUNK = 512
+_LATEST_ORIGIN = 4
 
 
 class Unreadable(Exception):
@@ -152,8 +153,8 @@ class OperandReader:
         return tuple(sources), tuple(frontier)
 
     def _at_zero(self, frontier: tuple[fx.Node, ...], cosine: bool) -> dict[fx.Node, Tensor]:
-        """Values at position 0 with only the cosines (1 or a constant factor) or only the sines (set to 1) left."""
-        position = torch.zeros(1, 1, dtype=torch.long)
+        """Values at angle 0 with only the cosines (1 or a constant factor) or only the sines (set to 1) left."""
+        position = self._origin(frontier)
         values = {}
         for node in frontier:
             value = evaluate(self.graph, node, {self.graph.positions: position, self.graph.tokens: position})
@@ -165,6 +166,15 @@ class OperandReader:
             else:
                 values[node] = value if cosine else torch.zeros_like(value)
         return values
+
+    def _origin(self, frontier: tuple[fx.Node, ...]) -> Tensor:
+        """The position [1, 1] of angle 0, where sines vanish: 0, or before the first where a model counts from later."""
+        for place in range(0, -_LATEST_ORIGIN, -1):
+            position = torch.full((1, 1), place)
+            given = {self.graph.positions: position, self.graph.tokens: torch.zeros_like(position)}
+            if any(bool((evaluate(self.graph, node, given) == 0).all()) for node in frontier):
+                return position
+        return torch.zeros(1, 1, dtype=torch.long)
 
     def _ones(self, sources: tuple[fx.Node, ...], num_tokens: int) -> dict[fx.Node, Tensor]:
         """Ones in the sources' shapes at `num_tokens` tokens."""

@@ -10,10 +10,12 @@ import pytest
 from benchmarks.coverage import DOCUMENT, refusal, row
 from dscompile.compiler.compile import compile_model
 from dscompile.runtime.errors import UserError
-from tests.compiler.tiny import CONFIGS, OPTIONS, RECURRENT, make_config, save_model
+from tests.compiler.tiny import CONFIGS, OPTIONS, RECURRENT, REFUSED, make_config, save_model
 
-# Operators that torch runs: of latent attention, in each layer, the copy of the key that all heads share.
-FALLBACKS = {"deepseek_v3": 2}
+# Operators that torch runs: of latent attention, in each layer, the copy of the key that all heads share; gates of an
+# attention's output and of shared experts.
+FALLBACKS = {"deepseek_v2": 2, "deepseek_v3": 2, "qwen2_moe": 2, "afmoe": 3}
+GATED_ATTENTION = {"afmoe"}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -26,15 +28,16 @@ def test_artifacts_agree_with_their_models(name, tmp_path):
     assert len(report.fallbacks) == FALLBACKS.get(name, 0)
     for layer_class in report.classes:
         names = {r.name for r in layer_class.regions}
-        assert not layer_class.layers or names >= {"attn_in", "attention", "attn_out"}
-        assert "linear" not in names
+        assert not layer_class.layers or names >= {"attn_in", "attention", "attn_out"} or name in GATED_ATTENTION
+        assert "linear" not in names or name in GATED_ATTENTION
     _assert_documented(row(name, report))
 
 
-@pytest.mark.parametrize("name", RECURRENT)
-def test_recurrent_models_are_refused_by_their_operator(name, tmp_path):
-    make_config(RECURRENT[name]).save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match=r"operator \S+ in \w+ mixes tokens") as caught:
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_understood_is_refused_in_one_line(name, tmp_path):
+    make_config(REFUSED[name]).save_pretrained(tmp_path / "model")
+    reason = r"operator \S+ in \w+ mixes tokens" if name in RECURRENT else "attention|not supported|mixes tokens"
+    with pytest.raises(UserError, match=reason) as caught:
         compile_model(tmp_path / "model", tmp_path / "out", dummy_weights=True, **OPTIONS)
     assert "\n" not in str(caught.value)
     _assert_documented(refusal(name, str(caught.value)))

@@ -1,0 +1,139 @@
+"""Architectures that no rule and no adapter was written for: they compile, or are refused in one line."""
+
+from __future__ import annotations
+
+from tests.compiler.configs import ENCODER, GPT2, LLAMA, ROBERTA, SIZES, WINDOWS
+
+_HEADS = {"head_dim": 16}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_ROUTED_EXPERTS = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+_BART = {
+    "vocab_size": 128,
+    "d_model": 64,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 128,
+    "max_position_embeddings": 64,
+    "is_decoder": True,
+    "is_encoder_decoder": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+CONFIGS: dict[str, tuple[str, dict]] = {
+    "afmoe": ("AfmoeConfig", {**LLAMA, **_HEADS, **_EXPERTS, **WINDOWS, "num_dense_layers": 1}),
+    "arcee": ("ArceeConfig", LLAMA),
+    "bart_decoder": ("BartConfig", _BART),
+    "biogpt": ("BioGptConfig", {**SIZES, "intermediate_size": 128}),
+    "bitnet": ("BitNetConfig", LLAMA),
+    "cohere": ("CohereConfig", LLAMA),
+    "cohere2_moe": ("Cohere2MoeConfig", {**LLAMA, **_HEADS, **WINDOWS, "num_experts": 4}),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {
+            **LLAMA,
+            **_ROUTED_EXPERTS,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 32,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+        },
+    ),
+    "dots1": ("Dots1Config", {**LLAMA, **_ROUTED_EXPERTS}),
+    "gemma": ("GemmaConfig", {**LLAMA, **_HEADS}),
+    "glm": ("GlmConfig", {**LLAMA, **_HEADS}),
+    "glm4_moe": ("Glm4MoeConfig", {**LLAMA, **_ROUTED_EXPERTS}),
+    "granitemoe": ("GraniteMoeConfig", {**LLAMA, **_LOCAL_EXPERTS}),
+    "granitemoeshared": ("GraniteMoeSharedConfig", {**LLAMA, **_LOCAL_EXPERTS, "shared_intermediate_size": 32}),
+    "helium": ("HeliumConfig", {**LLAMA, **_HEADS}),
+    "hy_v3": ("HYV3Config", {**LLAMA, **_HEADS, **_EXPERTS}),
+    "minimax_m2": ("MiniMaxM2Config", {**LLAMA, **_HEADS, **_LOCAL_EXPERTS}),
+    "ministral": ("MinistralConfig", {**LLAMA, **_HEADS, **WINDOWS}),
+    "modernbert_decoder": (
+        "ModernBertDecoderConfig",
+        {
+            **SIZES,
+            "intermediate_size": 128,
+            "sliding_window": 4,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+    ),
+    "olmo3": ("Olmo3Config", {**LLAMA, **WINDOWS}),
+    "olmoe": ("OlmoeConfig", {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2}),
+    "openai_gpt": ("OpenAIGPTConfig", GPT2),
+    "pegasus_decoder": ("PegasusConfig", _BART),
+    "persimmon": ("PersimmonConfig", {**SIZES, "intermediate_size": 128}),
+    "qwen2_moe": ("Qwen2MoeConfig", {**LLAMA, **_EXPERTS, "shared_expert_intermediate_size": 32}),
+    "starcoder2": ("Starcoder2Config", LLAMA),
+    "vaultgemma": ("VaultGemmaConfig", {**LLAMA, **_HEADS, **WINDOWS, "query_pre_attn_scalar": 16}),
+    "whisper_decoder": (
+        "WhisperConfig",
+        {
+            **_BART,
+            "max_target_positions": 64,
+            "encoder_layers": 1,
+            "suppress_tokens": None,
+            "begin_suppress_tokens": None,
+        },
+    ),
+    "xglm": (
+        "XGLMConfig",
+        {
+            "vocab_size": 128,
+            "d_model": 64,
+            "num_layers": 2,
+            "attention_heads": 4,
+            "ffn_dim": 128,
+            "max_position_embeddings": 64,
+        },
+    ),
+}
+
+ENCODERS: dict[str, tuple[str, dict, str]] = {
+    "albert": ("AlbertConfig", {**ENCODER, "embedding_size": 32}, "AlbertModel"),
+    "camembert": ("CamembertConfig", ROBERTA, "CamembertModel"),
+    "data2vec_text": ("Data2VecTextConfig", ROBERTA, "Data2VecTextModel"),
+    "ernie": ("ErnieConfig", ENCODER, "ErnieModel"),
+    "esm": ("EsmConfig", {**ENCODER, "position_embedding_type": "rotary", "mask_token_id": 3}, "EsmModel"),
+    "eurobert": ("EuroBertConfig", {**ENCODER, "num_key_value_heads": 4}, "EuroBertModel"),
+    "jina_embeddings_v3": ("JinaEmbeddingsV3Config", ENCODER, "JinaEmbeddingsV3Model"),
+    "megatron_bert": ("MegatronBertConfig", ENCODER, "MegatronBertModel"),
+    "rembert": ("RemBertConfig", {**ENCODER, "input_embedding_size": 32}, "RemBertModel"),
+    "xlm_roberta_xl": ("XLMRobertaXLConfig", ROBERTA, "XLMRobertaXLModel"),
+}
+
+REFUSED: dict[str, tuple[str, dict]] = {
+    "apertus": ("ApertusConfig", LLAMA),
+    "diffllama": ("DiffLlamaConfig", LLAMA),
+    "doge": ("DogeConfig", LLAMA),
+    "gpt_neox_japanese": ("GPTNeoXJapaneseConfig", SIZES),
+    "hunyuan_v1_dense": ("HunYuanDenseV1Config", {**LLAMA, **_HEADS}),
+    "jetmoe": ("JetMoeConfig", {**SIZES, "num_key_value_heads": 2, "intermediate_size": 128, "num_local_experts": 4}),
+    "laguna": ("LagunaConfig", {**LLAMA, **_HEADS}),
+    "minicpm3": (
+        "MiniCPM3Config",
+        {
+            **LLAMA,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 32,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+        },
+    ),
+    "moshi": ("MoshiConfig", {**LLAMA, "ffn_dim": 128}),
+    "nanochat": ("NanoChatConfig", LLAMA),
+    "phimoe": ("PhimoeConfig", {**LLAMA, **_LOCAL_EXPERTS}),
+    "roformer": ("RoFormerConfig", {**SIZES, "intermediate_size": 128, "is_decoder": True}),
+}
