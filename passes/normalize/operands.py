@@ -115,10 +115,10 @@ class OperandReader:
         )
         order, pairs = self._canonical_order(index, second, partner_weight)
         factor = factor[:, order]
-        scale = self._uniform(factor[:, 2 * pairs :]) if 2 * pairs < len(order) else 1.0
         if not pairs:
             self._check_constant(node, frontier)
             return Operand(sources, _rows(index), self._uniform(factor), None)
+        scale = self._uniform(factor[:, 2 * pairs :] if 2 * pairs < len(order) else self._unrotated(node, one, cosines))
         rotation = self._rotation(node, sources, frontier, order, pairs, scale)
         return Operand(sources, _rows(index[:, order]), scale, rotation)
 
@@ -166,6 +166,11 @@ class OperandReader:
             else:
                 values[node] = value if cosine else torch.zeros_like(value)
         return values
+
+    def _unrotated(self, node: fx.Node, one: dict[fx.Node, Tensor], cosines: dict[fx.Node, Tensor]) -> Tensor:
+        """What columns are multiplied by besides cosines [H, D]."""
+        unit = {n: torch.ones_like(v) if bool((v != 0).any()) else v for n, v in cosines.items()}
+        return self._run(node, one, unit)[0, :, 0].double()
 
     def _origin(self, frontier: tuple[fx.Node, ...]) -> Tensor:
         """The position [1, 1] of angle 0, where sines vanish: 0, or before the first where a model counts from later."""

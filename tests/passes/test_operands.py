@@ -40,10 +40,11 @@ def sums_of_halves(x, cos, sin):
 class Attention(nn.Module):
     """Packed or separate projections, a rotation of the first `rotary` columns of each head, dsc::attention."""
 
-    def __init__(self, rotate, rotary=DIM, packed=False, factor=1.0, break_pair=False):
+    def __init__(self, rotate, rotary=DIM, packed=False, factor=1.0, break_pair=False, before=1.0, first=0):
         super().__init__()
         torch.manual_seed(0)
         self.rotate, self.rotary, self.packed, self.factor, self.break_pair = rotate, rotary, packed, factor, break_pair
+        self.before, self.first = before, first
         self.table = nn.Embedding(VOCAB, WIDTH)
         self.q, self.k, self.v = (nn.Linear(WIDTH, h * DIM) for h in (HEADS, KV_HEADS, KV_HEADS))
         self.qkv = nn.Linear(WIDTH, 3 * HEADS * DIM)
@@ -57,8 +58,9 @@ class Attention(nn.Module):
         else:
             q, k, v = (p(x).unflatten(-1, (-1, DIM)) for p in (self.q, self.k, self.v))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        q = q * self.before if self.before != 1 else q
         if self.rotate is not None:
-            angles = positions[:, None, :, None] * self.frequencies
+            angles = (positions[:, None, :, None] + self.first) * self.frequencies
             cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
             if self.break_pair:
                 sin = torch.cat([sin[..., :1] * 2, sin[..., 1:]], -1)
@@ -96,6 +98,20 @@ def test_a_factor_on_the_rotation_goes_into_the_tables():
     canonical_linears(graph, Log())
     canonical_attentions(graph, Log())
     assert graph.constants["rope_cos.0"][0].tolist() == [1.25] * 4
+    assert rms_ratio(run(graph, module, tokens), module(tokens, torch.arange(7)[None])) < 1e-6
+
+
+@pytest.mark.parametrize("rotary", [DIM, 8])
+@pytest.mark.parametrize("first", [0, 2])
+def test_queries_scaled_before_they_are_rotated(rotary, first):
+    """The factor is not the tables', which keys share; nor does it matter from where positions are counted."""
+    module = Attention(half, rotary, before=0.5, first=first)
+    graph = trace(module)
+    tokens = torch.randint(VOCAB, (1, 7))
+    drop_noops(graph, Log())
+    canonical_linears(graph, Log())
+    canonical_attentions(graph, Log())
+    assert nodes(graph, vocabulary.attention)[0].args[5].scale == 0.125
     assert rms_ratio(run(graph, module, tokens), module(tokens, torch.arange(7)[None])) < 1e-6
 
 
