@@ -1,9 +1,10 @@
 """Compile every architecture of the tests in float16 for the GPU at hand and hold it to the gate there.
 
-    python -m benchmarks.coverage_gpu [NAME ...]
+    python -m benchmarks.coverage_gpu [NAME ...] [--seconds 65]
 
-The configurations are those of docs/coverage.md. Each is compiled in a process of its own, one on each core, so that
-one that fails, or takes its context down, leaves the others alone.
+The configurations are those of docs/coverage.md. One process on each core takes them in turn; one that dies is
+replaced, so that a configuration that takes its GPU context down leaves the others alone. The result is written as it
+grows.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -25,9 +26,10 @@ import torch
 from benchmarks.machine import RESULTS, write_result
 from dscompile.compiler.compile import compile_model
 from dscompile.runtime.report import Report
-from tests.compiler.tiny import CONFIGS, ENCODERS, OPTIONS, save_encoder, save_model
+from tests.compiler import configs, more_configs
+from tests.compiler.tiny import ENCODERS, OPTIONS, save_encoder, save_model
 
-SECONDS = 120
+SECONDS_EACH = 90
 _MARK = "coverage: "
 
 
@@ -62,55 +64,107 @@ def measure(name: str) -> dict[str, Any]:
     return row
 
 
-def measure_apart(name: str, core: int) -> dict[str, Any]:
-    """The row of a configuration, measured by another process on one core."""
-    command = [sys.executable, "-m", "benchmarks.coverage_gpu", name, "--core", str(core)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_MODULE_LOADING": "LAZY"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
-    except subprocess.TimeoutExpired:
-        return {"name": name, "passed": False, "error": f"not done after {SECONDS} s"}
-    for line in done.stdout.splitlines():
-        if line.startswith(_MARK):
-            return json.loads(line.removeprefix(_MARK))
-    return {"name": name, "passed": False, "error": " ".join(done.stderr.split())[-400:]}
+class Worker:
+    """A process on one core that measures the configurations it is given, started anew after one that broke it."""
+
+    def __init__(self, core: int) -> None:
+        self._command = [sys.executable, "-m", "benchmarks.coverage_gpu", "--core", str(core)]
+        self._process: subprocess.Popen | None = None
+
+    def measure(self, name: str) -> dict[str, Any]:
+        process = self._process or self._start()
+        assert process.stdin is not None and process.stdout is not None
+        timer = threading.Timer(SECONDS_EACH, process.kill)
+        timer.start()
+        row = {"name": name, "passed": False, "error": f"the process ended, or took more than {SECONDS_EACH} s"}
+        try:
+            process.stdin.write(name + "\n")
+            process.stdin.flush()
+            for line in process.stdout:
+                if line.startswith(_MARK):
+                    row = json.loads(line.removeprefix(_MARK))
+                    break
+        except BrokenPipeError:
+            pass
+        timer.cancel()
+        if not row["passed"]:
+            self.close()
+        return row
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _start(self) -> subprocess.Popen:
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        return self._process
+
+
+class Run:
+    """All configurations, measured by one worker a core until they are done or the time is up."""
+
+    def __init__(self, names: list[str], args: argparse.Namespace) -> None:
+        self._left, self._rows, self._args = deque(names), list[dict[str, Any]](), args
+        self._lock, self._end = threading.Lock(), time.monotonic() + args.seconds
+
+    def __call__(self) -> bool:
+        """Whether all were measured and passed."""
+        threads = [threading.Thread(target=self._work, args=(core,)) for core in sorted(os.sched_getaffinity(0))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        passed = sum(row["passed"] for row in self._rows)
+        print(f"{passed} of {len(self._rows)} passed, not run: {', '.join(self._left) or 'none'}", flush=True)
+        return passed == len(self._rows) and not self._left
+
+    def _work(self, core: int) -> None:
+        worker = Worker(core)
+        while self._left and time.monotonic() < self._end:
+            try:
+                name = self._left.popleft()
+            except IndexError:
+                break
+            row = worker.measure(name)
+            with self._lock:
+                self._rows.append(row)
+                _show(row)
+                self._write()
+        worker.close()
+
+    def _write(self) -> None:
+        result = {
+            "command": "python -m benchmarks.coverage_gpu",
+            "dtype": "float16",
+            "passed": sum(row["passed"] for row in self._rows),
+            "measured": len(self._rows),
+            "configurations": sorted(self._rows, key=lambda row: row["name"]),
+        }
+        write_result(self._args.result, result, self._args.out)
 
 
 def main() -> None:
     args = _parse()
-    if args.core is not None:
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {args.core})
-        print(_MARK + json.dumps(measure(args.names[0])), flush=True)
-        return
-    began = time.perf_counter()
-    cores: SimpleQueue[int] = SimpleQueue()
-    available = sorted(os.sched_getaffinity(0))
-    for core in available:
-        cores.put(core)
+    if args.core is None:
+        sys.exit(not Run(args.names or _all_names(), args)())
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {args.core})
+    for name in sys.stdin:
+        print(_MARK + json.dumps(measure(name.strip())), flush=True)
 
-    def take_core(name: str) -> dict[str, Any]:
-        core = cores.get()
-        try:
-            row = measure_apart(name, core)
-        finally:
-            cores.put(core)
-        _show(row)
-        return row
 
-    names = args.names or [*CONFIGS, *ENCODERS]
-    with ThreadPoolExecutor(len(available)) as pool:
-        rows = list(pool.map(take_core, names))
-    passed = sum(row["passed"] for row in rows)
-    print(f"{passed} of {len(rows)} passed in {time.perf_counter() - began:.0f} s")
-    result = {
-        "command": " ".join(["python -m benchmarks.coverage_gpu", *args.names]),
-        "dtype": "float16",
-        "passed": passed,
-        "configurations": rows,
-    }
-    print(write_result(args.result, result, args.out))
-    sys.exit(passed != len(rows))
+def _all_names() -> list[str]:
+    """Those that take longest first, and last those that no rule was written for."""
+    return [*reversed(configs.CONFIGS), *configs.ENCODERS, *more_configs.CONFIGS, *more_configs.ENCODERS]
 
 
 def _show(row: dict[str, Any]) -> None:
@@ -122,6 +176,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage_gpu", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="configurations of tests/compiler/tiny.py; all by default")
     parser.add_argument("--core", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="start no configuration after so long")
     parser.add_argument("--result", default="coverage_h200", help="name of the result")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()

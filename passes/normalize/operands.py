@@ -173,7 +173,7 @@ class OperandReader:
         return self._run(node, one, unit)[0, :, 0].double()
 
     def _origin(self, frontier: tuple[fx.Node, ...]) -> Tensor:
-        """The position [1, 1] of angle 0, where sines vanish: 0, or before the first where a model counts from later."""
+        """The position [1, 1] of angle 0, where sines vanish: 0, or less where a model counts from more."""
         for place in range(0, -_LATEST_ORIGIN, -1):
             position = torch.full((1, 1), place)
             given = {self.graph.positions: position, self.graph.tokens: torch.zeros_like(position)}
