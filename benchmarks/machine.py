@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
+@cache
 def machine_facts() -> dict[str, Any]:
     """GPU and its clocks, versions, commit."""
     facts: dict[str, Any] = {
