@@ -9,7 +9,7 @@ from typing import Any
 
 from dscompile.compiler.config import CompileConfig
 from dscompile.compiler.dummy import SEED
-from dscompile.compiler.pooling import read_pooling
+from dscompile.compiler.pooling import read_max_tokens, read_pooling
 from dscompile.compiler.source import ModelSource
 from dscompile.passes.graph import ModelGraph
 from dscompile.passes.recipe import Source
@@ -44,6 +44,7 @@ def make_manifest(source: ModelSource, config: CompileConfig, plan: Plan, dtype:
         eos_token_ids=source.eos_token_ids(),
         pooling=pooling,  # type: ignore[arg-type]
         normalize=normalize,
+        max_text_tokens=read_max_tokens(source) if plan.is_encoder else 0,
         tool_versions={name: importlib.metadata.version(name) for name in _TOOLS},
     )
 

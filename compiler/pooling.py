@@ -7,6 +7,7 @@ from dscompile.runtime.errors import UserError
 from dscompile.runtime.pooling import POOLINGS
 
 MODULES = "modules.json"
+TRANSFORMER = "sentence_bert_config.json"
 _FLAGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max"}
 
 
@@ -27,6 +28,22 @@ def read_pooling(source: ModelSource) -> tuple[str, bool]:
         elif kind != "Transformer":
             raise UserError(f"{source.name}: its {MODULES} holds {kind}, which dscompile does not compile")
     return pooling, normalize
+
+
+def read_max_tokens(source: ModelSource) -> int:
+    """Tokens, special ones included, to which sentence-transformers cuts a model's texts; 0 where it does not say.
+
+    Raises UserError where it changes texts in another way.
+    """
+    if not (source.directory / TRANSFORMER).is_file():
+        return 0
+    config = read_json(source.directory / TRANSFORMER)
+    if config.get("do_lower_case"):
+        raise UserError(
+            f"{source.name}: {TRANSFORMER} lower-cases texts, which dscompile does not do; do so before embed() and "
+            f"set do_lower_case to false"
+        )
+    return int(config.get("max_seq_length") or 0)
 
 
 def _pooling_of(source: ModelSource, path: str) -> str:

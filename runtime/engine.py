@@ -113,16 +113,26 @@ class Engine:
     ) -> torch.Tensor:
         """Of an encoder: one vector per text, [n, D] float32 on the CPU. Texts are batched without padding.
 
+        A string of more tokens than the model's max_seq_length (sentence_bert_config.json) is cut, as
+        sentence-transformers does; token ids are taken as they are.
+
         pooling:   "mean", "cls" (the first token's) or "max" over a text's tokens; None: the model's own
         normalize: whether to scale each vector to length 1; None: as the model's own
         """
         self._require_encoder("embed")
         own = self.manifest
         pool = find_pooling(pooling or (own.pooling if own else "") or "mean")
-        vectors = self._outputs(texts, pool)
+        vectors = self._outputs([self._cut(text) for text in _as_list(texts)], pool)
         found = torch.stack(vectors) if vectors else torch.empty(0, self.plan.output_width)
         scale = normalize if normalize is not None else bool(own and own.normalize)
         return normalized(found) if scale else found
+
+    def _cut(self, text: Prompt) -> Prompt:
+        """A string that is too long for the model as the token ids of its beginning."""
+        longest = self.manifest.max_text_tokens if self.manifest else 0
+        if not longest or not isinstance(text, str) or self.tokenizer is None:
+            return text
+        return self.tokenizer.encode(text, max_tokens=min(longest, self.plan.max_seq_len))
 
     def _outputs(self, prompts: Any, read: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
         """What `read` makes of every prompt's rows of output, in order; of a prompt that is done no more is kept."""

@@ -36,7 +36,8 @@ class Manifest:
     weights:       "stored", or "dummy": made at load from `seed`.
     eos_token_ids: tokens that end a sequence, from the model's generation_config.json, else its config.json.
     pooling:       of an encoder: how its texts' embeddings are made of hidden states unless a call says otherwise;
-                   normalize: whether they are scaled to length 1.
+                   normalize: whether they are scaled to length 1; max_text_tokens: where longer texts are cut, special
+                   tokens included (0: nowhere).
     files:         every file but the manifest, by its path inside the artifact.
     """
 
@@ -59,6 +60,7 @@ class Manifest:
     eos_token_ids: tuple[int, ...] = ()
     pooling: Literal["", "mean", "cls", "max"] = ""
     normalize: bool = False
+    max_text_tokens: int = 0
     tool_versions: dict[str, str] = field(default_factory=dict)
     op_revisions: dict[str, int] = field(default_factory=lambda: dict(OP_REVISIONS))
     files: dict[str, FileEntry] = field(default_factory=dict)
@@ -71,7 +73,7 @@ class Manifest:
         if self.weights == "stored":
             del facts["seed"]
         if not self.pooling:
-            del facts["pooling"], facts["normalize"]
+            del facts["pooling"], facts["normalize"], facts["max_text_tokens"]
         return facts
 
 

@@ -30,9 +30,14 @@ class Tokenizer:
         self._fast.no_truncation()
         self._fast.no_padding()
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with the special tokens the model expects around it."""
-        return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+    def encode(self, text: str, add_special_tokens: bool = True, max_tokens: int = 0) -> list[int]:
+        """Token ids of a text, with the special tokens the model expects around it; at most max_tokens, if not 0."""
+        if max_tokens:
+            self._fast.enable_truncation(max_tokens)
+        try:
+            return self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+        finally:
+            self._fast.no_truncation()
 
     def decode(self, tokens: Seq[int], skip_special_tokens: bool = True) -> str:
         return self._fast.decode(list(tokens), skip_special_tokens=skip_special_tokens)

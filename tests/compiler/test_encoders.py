@@ -74,6 +74,21 @@ def test_pooling_is_that_of_sentence_transformers(files, expected, tmp_path):
     assert (manifest.pooling, manifest.normalize) == expected
 
 
+@pytest.mark.parametrize("length, expected", [(256, 256), (None, 0)])
+def test_texts_are_cut_as_by_sentence_transformers(length, expected, tmp_path):
+    save_encoder("bert", tmp_path / "model")
+    (tmp_path / "model" / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": length}))
+    compile_model(tmp_path / "model", tmp_path / "out", verify=False, **OPTIONS)
+    assert read_manifest(tmp_path / "out").max_text_tokens == expected
+
+
+def test_lower_casing_is_refused(tmp_path):
+    save_encoder("bert", tmp_path / "model")
+    (tmp_path / "model" / "sentence_bert_config.json").write_text(json.dumps({"do_lower_case": True}))
+    with pytest.raises(UserError, match="lower-cases texts"):
+        compile_model(tmp_path / "model", tmp_path / "out", verify=False, **OPTIONS)
+
+
 @pytest.mark.parametrize(
     "pooling, module, message",
     [

@@ -94,6 +94,16 @@ def test_an_artifact_pools_as_its_manifest_says(tmp_path, capsys):
     assert "choose from mean, cls, max" in capsys.readouterr().err
 
 
+def test_long_texts_are_cut_as_the_manifest_says(tmp_path):
+    out = write_artifact(tmp_path / "out", make_encoder(vocab=300), tokenizer=True, pooling="mean", max_text_tokens=5)
+    engine = load(out, device="cpu")
+    whole, cut = "abcdefgh", engine.encode("abcdefgh")[:5]
+    assert torch.equal(engine.embed([whole, "ab"]), engine.embed([cut, "ab"]))
+    assert len(engine.hidden_states([whole])[0]) == 8
+    assert engine.embed([engine.encode(whole)]).shape == (1, 24)
+    assert not torch.equal(engine.embed([engine.encode(whole)]), engine.embed([whole]))
+
+
 @pytest.mark.parametrize(
     "call",
     [lambda e: e.generate([[1]]), lambda e: e.logits([[1]]), lambda e: e.add_request([1]), lambda e: e.stream([1])],
