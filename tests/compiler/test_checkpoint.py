@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dscompile.compiler import compile_model
 from dscompile.compiler.checkpoint import Checkpoint
 from dscompile.compiler.model import build_on_meta
 from dscompile.compiler.shards import write_shards
@@ -16,7 +17,7 @@ from dscompile.compiler.source import find_model
 from dscompile.passes.recipe import Cast, Scale, Source, evaluate
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.plan import Weight
-from tests.compiler.tiny import save_model
+from tests.compiler.tiny import OPTIONS, save_model
 
 
 @pytest.fixture
@@ -73,6 +74,17 @@ def test_the_base_models_prefix_may_be_missing(tmp_path):
     save_file(bare, file, {"format": "pt"})
     checkpoint = _open(tmp_path / "model")
     assert torch.equal(checkpoint.read("transformer.h.0.ln_1.weight"), model.transformer.h[0].ln_1.weight)
+
+
+def test_a_checkpoint_may_mix_dtypes(tmp_path):
+    save_model("llama", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    mixed = {name: t.to(dtypes[i % 3]) for i, (name, t) in enumerate(sorted(load_file(file).items()))}
+    assert {t.dtype for t in mixed.values()} == set(dtypes)
+    save_file(mixed, file, {"format": "pt"})
+    report = compile_model(tmp_path / "model", tmp_path / "out", dtype="float32", **OPTIONS)
+    assert report.verification.status == "passed"
 
 
 def test_tied_weights_are_found_under_either_name(tmp_path):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 
+from benchmarks.models import MODELS
 from dscompile.compiler.rotary import freeze_rotary
 from dscompile.compiler.trace import trace_model
 from dscompile.passes.recipe import Source
@@ -74,14 +74,8 @@ def test_longrope_takes_its_long_factors_beyond_the_pretrained_length():
 
 def test_a_large_model_takes_no_memory():
     """Llama-3-70B's shapes, four layers of them: more bytes than this machine would give a test."""
-    config = transformers.LlamaConfig(
-        vocab_size=128256,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=4,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-    )
+    config = MODELS["llama3-70b"][0]()
+    config.num_hidden_layers = 4
     graph = trace_model(config, max_seq_len=8192)
     assert all(n.meta["val"].device.type == "meta" for n in graph.graph.nodes if "weight" in n.meta)
 
