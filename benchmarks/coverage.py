@@ -28,6 +28,9 @@ in float32 and compared with transformers in prefill, ragged batch and token-by-
 `class xN`: N layers with equal regions; `norm` is a norm in a kernel of its own. Error: the largest
 RMS(error) / RMS(logits), of encoders / RMS(hidden states); the limit is 1e-5.
 
+The same in float16 on a GPU, by the kernels: `python -m benchmarks.coverage_gpu`, or `pytest -m gpu
+tests/runtime_cuda/test_coverage.py`.
+
 | configuration | architecture | regions by layer class | refusals and fallbacks | error |
 |---|---|---|---|---|
 """

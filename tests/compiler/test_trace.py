@@ -10,11 +10,12 @@ from dscompile.compiler.rotary import freeze_rotary
 from dscompile.compiler.trace import trace_model
 from dscompile.passes.recipe import Source
 from dscompile.runtime.errors import UserError
+from tests.compiler import configs
 from tests.compiler.tiny import CONFIGS, RECURRENT, make_config, make_model
 from tests.helpers import rms_ratio
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", configs.CONFIGS)
 def test_the_graph_agrees_with_transformers(name):
     graph = trace_model(make_config(CONFIGS[name]), max_seq_len=64)
     model = make_model(name)
