@@ -114,7 +114,33 @@ def deterministic(folder: Path) -> list[str]:
     return lines
 
 
-TABLES = {"decode": decode, "regions": regions, "others": others, "deterministic": deterministic}
+def quantization(folder: Path) -> list[str]:
+    """What a quantization adds to perplexity, in percent: the most of the held-out texts."""
+    result = _result(folder, "quantization")
+    models = result.get("models", [])
+    lines = _head("", *(m["model"] for m in models))
+    for run in models[0]["increase_percent"] if models else ():
+        lines.append(_line(run, *(f"{max(m['increase_percent'][run].values()):.2f}" for m in models)))
+    return lines
+
+
+def outliers(folder: Path) -> list[str]:
+    """The same where a model has outlier channels, beside plain rounding."""
+    lines = _head("", "int8", "int8, neither folded nor smoothed")
+    for row in _result(folder, "quantization").get("outliers", ()):
+        found = (row["increase_percent"][run].values() for run in ("int8", "rounded"))
+        lines.append(_line(row["model"], *(f"{max(increases):.2f}" for increases in found)))
+    return lines
+
+
+TABLES = {
+    "decode": decode,
+    "regions": regions,
+    "others": others,
+    "deterministic": deterministic,
+    "quantization": quantization,
+    "outliers": outliers,
+}
 
 
 def fill(text: str, folder: Path = RESULTS) -> str:
