@@ -20,10 +20,14 @@ PEERS = {"eager": "eager", "compile": "static cache, compiled"}
 
 
 class Step(NamedTuple):
-    """A decode step as measured. fraction: of the read bandwidth; idle: of the time, None where not measured."""
+    """A decode step as measured.
+
+    quant: the scheme, or ""; fraction: of the read bandwidth; idle: of the time, None where not measured
+    """
 
     model: str
     dtype: str
+    quant: str
     prompt: int
     new: int
     batch: int
@@ -40,7 +44,8 @@ def steps(results: Iterable[Path]) -> Iterator[Step]:
             for ours in row["ours"]:
                 for b in ours["batches"]:
                     floor = 1e3 * b["bytes_per_step"] / ours["read_bandwidth"]
-                    facts = (row["model"], row["dtype"], ours["prompt_tokens"], ours["new_tokens"], b["batch"])
+                    tokens = (ours["prompt_tokens"], ours["new_tokens"], b["batch"])
+                    facts = (row["model"], row["dtype"], row.get("quant", ""), *tokens)
                     yield Step(*facts, b["decode_step_ms"], floor, b["bandwidth_fraction"], b.get("gpu_idle"))
 
 
@@ -60,10 +65,10 @@ def decode(folder: Path) -> list[str]:
     lines = _head("", "batch", "context", "dscompile, ms", "floor, ms", "of the bandwidth", "GPU idle", *PEERS.values())
     others = peers(folder)
     for s in sorted(steps(folder.glob("decode-*.json"))):
-        beside = [others.get((s.model, s.prompt, s.batch, peer)) for peer in PEERS]
+        beside = [None if s.quant else others.get((s.model, s.prompt, s.batch, peer)) for peer in PEERS]
         lines.append(
             _line(
-                f"{s.model} {s.dtype}",
+                " ".join(filter(None, (s.model, s.dtype, s.quant))),
                 s.batch,
                 f"{s.prompt}-{s.prompt + s.new}",
                 f"**{s.elapsed_ms:.2f}**",
@@ -106,7 +111,7 @@ def others(folder: Path) -> list[str]:
 def deterministic(folder: Path) -> list[str]:
     """What --deterministic costs, beside the usual kernels at the same context."""
     lines = _head("", "batch", "decode step, ms", "usual, ms")
-    usual = {(s.model, s.prompt, s.batch): s.elapsed_ms for s in steps(folder.glob("decode-*.json"))}
+    usual = {(s.model, s.prompt, s.batch): s.elapsed_ms for s in steps(folder.glob("decode-*.json")) if not s.quant}
     for s in steps(folder.glob("deterministic.json")):
         beside = usual.get((s.model, s.prompt, s.batch))
         cells = (f"{s.model} {s.dtype}", s.batch, f"{s.elapsed_ms:.2f}", "" if beside is None else f"{beside:.2f}")

@@ -41,8 +41,9 @@ def check(spec: Linear, how: Quantization, rows: int, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("rows", [1, 3, 17, 150])
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    "rows,how", [(1, "token"), (17, "token"), (1, "tensor"), (3, "tensor"), (1, "none"), (3, "none")]
+)
 def test_linear(name: str, rows: int, how: str) -> None:
     check(SPECS[name], HOW[how], rows, torch.float32 if rows == 3 else torch.float16)
 
@@ -63,9 +64,9 @@ def test_programs_that_share_columns_add_up(name: str, how: str, monkeypatch: py
     check(SPECS[name], HOW[how], 6, torch.float16)
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", ["token", "none"])
 @pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize("rows,logits", [(1, 1), (7, 1), (40, 19), (9, 3)])
+@pytest.mark.parametrize("rows,logits", [(7, 1), (40, 19)])
 def test_head_reads_the_rows_asked_for(name: str, rows: int, logits: int, how: str) -> None:
     torch.manual_seed(0)
     spec, tensors = quantized(HEADS[name], HOW[how], rows, logits, torch.float16)
