@@ -16,7 +16,8 @@ class Placement:
     """Buffers of a fused graph, and the columns that hold each node.
 
     The inputs of a linear that lie side by side along K get adjacent columns of one buffer, and the producers write
-    there; the outputs of a packed linear get a buffer each.
+    there; the outputs of a packed linear get a buffer each. Where the first input is the end of another node's columns,
+    the others go behind it.
     """
 
     def __init__(self, graph: ModelGraph, dtype: str) -> None:
@@ -37,7 +38,7 @@ class Placement:
                 self._refs[node] = Ref(parent.buffer, parent.start + start, parent.start + stop)
             else:
                 rows, dtype = ("R", "float32") if _is_logits(node) else ("T", self._dtype)
-                width = node.meta["val"].shape[-1]
+                width = _width(node)
                 self._refs[node] = Ref(self._buffer(node.name, rows, width, dtype), 0, width)
         return self._refs[node]
 
@@ -48,7 +49,9 @@ class Placement:
         return Ref(refs[0].buffer, refs[0].start, refs[-1].stop)
 
     def _concatenate(self, node: fx.Node) -> None:
-        widths = [x.meta["val"].shape[-1] for x in node.args[0]]
+        if self._follow(*node.args[0]):
+            return
+        widths = [_width(x) for x in node.args[0]]
         buffer = self._buffer(f"{node.name}_in", "T", sum(widths), self._dtype)
         start = 0
         for i, (x, width) in enumerate(zip(node.args[0], widths, strict=True)):
@@ -59,10 +62,29 @@ class Placement:
                 self._refs[x] = ref
             start += width
 
+    def _follow(self, first: fx.Node, *others: fx.Node) -> bool:
+        """Place inputs behind the node whose last columns the first one is; False where that cannot be."""
+        source = first.args[0] if first.target is vocabulary.columns else None
+        if source is None or first.args[2] != _width(source) or source.target is not fused_linear:
+            return False
+        if any(x in self._refs or not _writes_anywhere(x) for x in (source, *others)):
+            return False
+        start = _width(source)
+        buffer = self._buffer(source.name, "T", start + sum(map(_width, others)), self._dtype)
+        self._refs[source] = Ref(buffer, 0, start)
+        for x in others:
+            self._refs[x] = Ref(buffer, start, start + _width(x))
+            start += _width(x)
+        return True
+
     def _buffer(self, name: str, rows: str, cols: int, dtype: str) -> str:
         assert name not in self.buffers, name
         self.buffers[name] = Buffer(name, rows, cols, dtype)  # type: ignore[arg-type]
         return name
+
+
+def _width(node: fx.Node) -> int:
+    return node.meta["val"].shape[-1]
 
 
 def _writes_anywhere(node: fx.Node) -> bool:
