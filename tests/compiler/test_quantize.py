@@ -203,7 +203,7 @@ TRAINED = Path(__file__).parents[2] / "examples/models/nano-llama"
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("texts") / "text.txt"
-    path.write_text((Path(__file__).parents[2] / "docs/architecture.md").read_text()[:6000])
+    path.write_text((Path(__file__).parents[2] / "compiler/calibration.txt").read_text()[:12000])
     return path
 
 
