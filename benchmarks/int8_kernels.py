@@ -18,10 +18,12 @@ import torch
 
 from benchmarks.kernel_shapes import LINEARS, linear_operands
 from benchmarks.kernels import ERROR_LIMIT, Candidate, Kernels, LinearProblem, graph_us, read_bandwidth, write_tuned
-from dscompile.codegen.int8_kernels import int8_row_request, quantize_request, tile_operands, tile_spec
-from dscompile.codegen.linear_kernels import row_request, tile_request
+from dscompile.codegen.int8_kernels import int8_row_request, quantize_request
+from dscompile.codegen.linear_kernels import prepared, row_request, tile_request, without_prologue
 from dscompile.codegen.operands import KernelContext
+from dscompile.codegen.ring_kernels import ring_request
 from dscompile.codegen.tune import linear_candidates
+from dscompile.codegen.tuned_table import RingConfig
 from dscompile.runtime.int8 import quantize_rows
 from dscompile.runtime.plan import Linear, Quantization
 
@@ -56,15 +58,18 @@ def candidates(spec: Linear, dtype: str, tokens: int, context: KernelContext, li
     operands = linear_operands(spec, dtype)
     by_token = spec.quantization == Quantization("token")
     found = []
-    configs: Any = linear_candidates(spec, max(8, tokens) if tokens > 1 else 1, context)[:limit]
+    configs: Any = linear_candidates(spec, dtype, max(8, tokens) if tokens > 1 else 1, context)[:limit]
     if tokens == 1:
         for config in configs:
             request, arguments, programs = (int8_row_request if by_token else row_request)(spec, operands, config)
             found.append(Candidate(request, arguments.args, (programs, 1, 1), asdict(config)))
         return found
+    inner, bound = spec, operands
+    if by_token:
+        inner, bound = without_prologue(spec), {**operands, "in.x": prepared(spec, "int8")}
     for config in configs:
-        inner, bound = (tile_spec(spec), tile_operands(spec, operands)) if by_token else (spec, operands)
-        request, arguments, tiles = tile_request(inner, bound, config)
+        tiles_of = ring_request if isinstance(config, RingConfig) else tile_request
+        request, arguments, tiles = tiles_of(inner, bound, config)
         args = tuple("scratch.rows" if by_token and a == "in.x" else a for a in arguments.args)
         grid = (-(-tokens // config.block_t), tiles, int(request.constexprs["SPLITS"]))
         found.append(Candidate(request, args, grid, asdict(config)))

@@ -13,6 +13,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,10 +25,11 @@ from benchmarks.kernel_shapes import ATTENTIONS, LINEARS, attention_operands, li
 from dscompile.codegen.aot import KernelError, compile_kernels
 from dscompile.codegen.attention_kernels import DecodeConfig, decode_request
 from dscompile.codegen.emit import KernelRequest
-from dscompile.codegen.linear_kernels import row_request, tile_request, tile_spec
+from dscompile.codegen.linear_kernels import prepares_rows, row_request, tile_request, without_prologue
 from dscompile.codegen.operands import KernelContext, Operands
-from dscompile.codegen.tune import row_candidates, tile_candidates
-from dscompile.codegen.tuned_table import RowConfig, TileConfig
+from dscompile.codegen.ring_kernels import ring_request, takes_ring
+from dscompile.codegen.tune import ring_candidates, row_candidates, tile_candidates
+from dscompile.codegen.tuned_table import RingConfig, RowConfig, TileConfig
 from dscompile.runtime.driver import Driver, PreparedLaunch
 from dscompile.runtime.kernels import KernelTable
 from dscompile.runtime.plan import Attention, KVGroup, Linear
@@ -46,6 +48,7 @@ DECODE_SHAPES = (
     (128, 2, 4),
     (128, 2, 8),
 )
+Config = RowConfig | TileConfig | RingConfig
 ERROR_LIMIT = {"float16": 2e-3, "bfloat16": 1e-2}
 
 
@@ -217,18 +220,33 @@ class LinearProblem:
         return graph_us([lambda _, w=w: torch.mm(x, w.T, out=outs) for w in weight] * max(1, 8 // len(weight)))
 
 
+def inner_spec(spec: Linear, dtype: str, tokens: int, context: KernelContext) -> Linear:
+    """What the kernel of tiles computes, beside the one that prepares its rows."""
+    ring = takes_ring(spec, linear_operands(spec, dtype), context)
+    return without_prologue(spec) if tokens > 1 and prepares_rows(spec, tokens, ring) else spec
+
+
 def linear_candidates(spec: Linear, dtype: str, tokens: int, context: KernelContext, limit: int) -> list[Candidate]:
     operands = linear_operands(spec, dtype)
-    configs = row_candidates(spec) if tokens == 1 else tile_candidates(spec, max(8, tokens), context)
+    configs: Sequence[Config]
+    if tokens == 1:
+        configs = row_candidates(spec)
+    elif takes_ring(spec, operands, context):
+        configs = ring_candidates(spec, dtype, tokens, context)
+    else:
+        configs = tile_candidates(spec, max(8, tokens), context)
     return [linear_candidate(spec, operands, config, tokens) for config in configs[:limit]]
 
 
-def linear_candidate(spec: Linear, operands: Operands, config: RowConfig | TileConfig, tokens: int) -> Candidate:
+def linear_candidate(spec: Linear, operands: Operands, config: Config, tokens: int) -> Candidate:
     """The kernel of a configuration, launched for `tokens` rows."""
     if isinstance(config, RowConfig):
         request, arguments, programs = row_request(spec, operands, config)
         return Candidate(request, arguments.args, (programs, 1, 1), asdict(config))
-    request, arguments, tiles = tile_request(spec, operands, config)
+    if isinstance(config, RingConfig):
+        request, arguments, tiles = ring_request(spec, operands, config)
+    else:
+        request, arguments, tiles = tile_request(spec, operands, config)
     grid = (-(-tokens // config.block_t), tiles, int(request.constexprs["SPLITS"]))
     return Candidate(request, arguments.args, grid, asdict(config))
 
@@ -246,7 +264,9 @@ def bench_linears(args: argparse.Namespace, kernels: Kernels, context: KernelCon
     scratch = linear_scratch()
     results = []
     for tokens in args.tokens:
-        work = [(m, r, tile_spec(s, tokens)) for m in args.models for r, s in LINEARS[m][1].items()]
+        work = [
+            (m, r, inner_spec(s, LINEARS[m][0], tokens, context)) for m in args.models for r, s in LINEARS[m][1].items()
+        ]
         table = {(m, r): linear_candidates(s, LINEARS[m][0], tokens, context, args.candidates) for m, r, s in work}
         began = time.time()
         kernels.prepare([c.request for found in table.values() for c in found])

@@ -20,17 +20,27 @@ from benchmarks.kernel_shapes import LINEARS, linear_operands
 from benchmarks.kernels import (
     TORCH,
     Candidate,
+    Config,
     Kernels,
     LinearProblem,
+    inner_spec,
     linear_candidate,
     linear_candidates,
     linear_scratch,
     read_bandwidth,
 )
 from benchmarks.machine import write_result
-from dscompile.codegen.linear_kernels import tile_spec
 from dscompile.codegen.operands import KernelContext
-from dscompile.codegen.tuned_table import TUNED, RowConfig, TileConfig, row_rule, tile_rule
+from dscompile.codegen.ring_kernels import takes_ring
+from dscompile.codegen.tuned_table import (
+    TUNED,
+    RingConfig,
+    RowConfig,
+    TileConfig,
+    ring_rule,
+    row_rule,
+    tile_rule,
+)
 from dscompile.runtime.plan import Linear
 
 WEIGHTS = 1_100_000_000  # numbers of the pool that weights are cut from
@@ -52,9 +62,8 @@ def measure_rule(table: Path, processes: int, candidates: int = 0) -> list[dict[
     target = table.stem
     context = KernelContext((target,), 16, 8192, 128, 2048, ())
     kernels = Kernels(target, processes)
-    entries = [
-        (entry, *_spec_of(entry)) for entry in json.loads(table.read_text())["linear"] if "quantization" not in entry
-    ]
+    listed = json.loads(table.read_text())["linear"]
+    entries = [(entry, *_spec_of(entry, context)) for entry in listed if "quantization" not in entry]
     found = [_candidates(entry, spec, dtype, context, candidates) for entry, spec, dtype in entries]
     kernels.prepare([c.request for group in found for c in group])
     pools = {d: torch.empty(WEIGHTS, device="cuda", dtype=TORCH[d]).normal_(0, 0.02) for d in ("float16", "bfloat16")}
@@ -79,19 +88,25 @@ def measure_rule(table: Path, processes: int, candidates: int = 0) -> list[dict[
 def _candidates(entry: dict[str, Any], spec: Linear, dtype: str, context: KernelContext, more: int) -> list[Candidate]:
     """The table's, the rule's, and `more` of those that tuning would try first."""
     operands, tokens = linear_operands(spec, dtype), entry["tokens"]
-    tuned = RowConfig(**entry["config"]) if tokens == 1 else TileConfig(**entry["config"])
-    rule = row_rule(spec, dtype) if tokens == 1 else tile_rule(spec, dtype, tokens, context)
+    tuned: Config
+    rule: Config
+    if tokens == 1:
+        tuned, rule = RowConfig(**entry["config"]), row_rule(spec, dtype)
+    elif takes_ring(spec, operands, context):
+        tuned, rule = RingConfig(**entry["config"]), ring_rule(spec, dtype, tokens, context)
+    else:
+        tuned, rule = TileConfig(**entry["config"]), tile_rule(spec, dtype, tokens, context)
     others = linear_candidates(spec, dtype, tokens, context, more) if more else []
     return [*(linear_candidate(spec, operands, config, tokens) for config in (tuned, rule)), *others]
 
 
-def _spec_of(entry: dict[str, Any]) -> tuple[Linear, str]:
+def _spec_of(entry: dict[str, Any], context: KernelContext) -> tuple[Linear, str]:
     """The linear of a known model that has an entry's shape, as its kernel sees it, and its dtype."""
     for dtype, linears in LINEARS.values():
         for spec in linears.values():
             shape = [spec.out_features, spec.in_features]
             if shape == entry["shape"] and any(s.gated for s in spec.segments) == entry["gated"]:
-                return tile_spec(spec, entry["tokens"]), dtype
+                return inner_spec(spec, dtype, entry["tokens"], context), dtype
     raise LookupError(f"no model of benchmarks.kernel_shapes has a linear of {entry['shape']}")
 
 

@@ -32,13 +32,15 @@ def compile_cubin(
     """Compile the kernel `name` of a source file for one architecture and write the cubin to `out`."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel = _load(source, name, pdl=options.get("launch_pdl", False))
     if list(signature) != list(kernel.arg_names):
         raise TypeError(f"parameters {list(signature)} do not match the source's {kernel.arg_names}")
     attrs = {(kernel.arg_names.index(a),): [["tt.divisibility", 16]] for a in aligned}
+    source_of = GluonASTSource if kernel.is_gluon() else ASTSource
     compiled = compile(
-        ASTSource(fn=kernel, signature=signature, constexprs={}, attrs=attrs),
+        source_of(fn=kernel, signature=signature, constexprs={}, attrs=attrs),
         target=GPUTarget("cuda", capability, 32),
         options=options,
     )

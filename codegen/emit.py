@@ -13,6 +13,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 TEMPLATES = Path(__file__).parent / "templates"
 
+# For the templates that lay out registers and shared memory themselves.
+GLUON = [
+    "from triton.experimental import gluon",
+    "from triton.experimental.gluon import language as gl",
+    "from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared",
+    "from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait",
+]
+
 TRITON_TYPE = {
     "float32": "fp32",
     "float16": "fp16",
@@ -89,6 +97,7 @@ def render(request: KernelRequest, provenance: str = "") -> str:
     lines += ["import triton", "import triton.language as tl"]
     lines += ["from triton.language.extra import libdevice"] * ("libdevice." in body)
     lines += ["from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait"]
+    lines += GLUON * ("@gluon.jit" in body)
     return "\n".join([*lines, "", *constants, "", "", body.strip(), ""])
 
 

@@ -8,14 +8,16 @@ from dscompile.codegen.emit import KernelRequest, kernel_request
 from dscompile.codegen.linear_kernels import (
     TILE_RANGES,
     Draft,
-    arguments_of,
-    numbers_of,
-    structure_of,
+    choose_config,
+    prepared,
+    reading_scratch,
     tile_launch,
+    without_prologue,
 )
-from dscompile.codegen.operands import Arguments, KernelContext, Operand, Operands, ceil_div, next_power_of_2
+from dscompile.codegen.linear_structure import arguments_of, numbers_of, structure_of
+from dscompile.codegen.operands import Arguments, KernelContext, Operands, ceil_div, next_power_of_2
 from dscompile.codegen.row_kernels import row_norm_launch
-from dscompile.codegen.tuned_table import Int8RowConfig, int8_row_config, tile_config
+from dscompile.codegen.tuned_table import Int8RowConfig, int8_row_config
 from dscompile.runtime.plan import Case, Extent, Launch, Linear, Program, Quantization
 
 PREFILL_TOKENS = 2048
@@ -32,12 +34,12 @@ def int8_linear_program(
         cases.append(Case(1, 1, (_row_launch(spec, operands, int8_row_config(spec, context), draft),)))
         first = 2
     prepare = _quantize_rows(spec, operands, draft)
+    inner, rows = without_prologue(spec), {**operands, "in.x": prepared(spec, "int8")}
     for _, high in RANGES:
         last = high == RANGES[-1][1]
-        config = tile_config(tile_spec(spec), "int8", high, context)
-        launch = tile_launch(tile_spec(spec), tile_operands(spec, operands), config, draft)
-        args = tuple("scratch.rows" if a == "in.x" else a for a in launch.args)
-        cases.append(Case(first, 0 if last else high, (prepare, replace(launch, args=args))))
+        config = choose_config(inner, rows, high, context)
+        launch = tile_launch(inner, rows, replace(config, splits=1) if last else config, draft)
+        cases.append(Case(first, 0 if last else high, (prepare, reading_scratch(launch))))
         first = high + 1
     return draft.program(cases)
 
@@ -78,16 +80,6 @@ def _row_launch(spec: Linear, operands: Operands, config: Int8RowConfig, draft: 
 
 
 # ---------------------------------------------------------------- many rows
-
-
-def tile_spec(spec: Linear) -> Linear:
-    """What the tile kernel computes: its rows come normalised and rounded."""
-    return replace(spec, norm=None, post_norm=None, add=False, store=False)
-
-
-def tile_operands(spec: Linear, operands: Operands) -> Operands:
-    """The operands of `tile_spec`, x in scratch memory."""
-    return {**operands, "in.x": Operand("int8", spec.in_features)}
 
 
 def quantize_request(spec: Linear, operands: Operands) -> tuple[KernelRequest, Launch]:

@@ -5,16 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from dscompile.codegen.emit import KernelRequest, kernel_request
+from dscompile.codegen.linear_structure import (
+    arguments_of,
+    bind_input_scale,
+    has_row_sum,
+    numbers_of,
+    structure_of,
+)
 from dscompile.codegen.memory import ITEM_SIZE
-from dscompile.codegen.operands import Arguments, KernelContext, Operands, ceil_div, next_power_of_2
+from dscompile.codegen.operands import Arguments, KernelContext, Operand, Operands, ceil_div, next_power_of_2
+from dscompile.codegen.ring_kernels import ring_request, takes_ring
 from dscompile.codegen.row_kernels import row_norm_launch
-from dscompile.codegen.tuned_table import COLUMNS, RowConfig, TileConfig, row_config, tile_config
-from dscompile.runtime.plan import Case, Extent, Launch, Linear, Norm, Program, Scratch, Segment
+from dscompile.codegen.tuned_table import (
+    COLUMNS,
+    WIDEST_TILE,
+    RingConfig,
+    RowConfig,
+    TileConfig,
+    ring_config,
+    ring_rule,
+    row_config,
+    tile_config,
+)
+from dscompile.runtime.plan import Case, Extent, Launch, Linear, Program, Scratch, Segment
 
 # Ranges of T with a kernel each; the last number of a range is the tokens of its tile.
 TILE_RANGES = ((2, 8), (9, 16), (17, 32), (33, 64), (65, 128))
-# From here on a library GEMM is faster: at 128 tokens our tiles read 28672 x 4096 float16 at 1.7 TB/s on an H200.
-LIBRARY_TOKENS = 65
+# More tokens than these are a library GEMM's. At 128 tokens linear_tile reads 28672 x 4096 float16 at 1.7 TB/s on an
+# H200, the library at 3.4 and linear_ring, which needs no kernel for its epilogue, at 3.3.
+TILE_TOKENS = 64
 SEPARATE_NORM_TOKENS = 64
 
 
@@ -43,15 +62,20 @@ def linear_program(
     dtype = operands["in.x"].dtype
     cases = [Case(1, 1, (_row_launch(spec, operands, row_config(spec, dtype, context), draft),))]
     library = _uses_library(spec, operands)
-    for low, high in TILE_RANGES:
-        if library and low >= LIBRARY_TOKENS:
-            break
-        last = high == TILE_RANGES[-1][1]
-        launches = _tile_launches(spec, operands, high, context, draft)
-        cases.append(Case(low, 0 if last else high, launches))
+    ranges = [r for r in TILE_RANGES if not library or r[1] <= _most_tokens(spec, operands, context)]
+    for low, high in ranges:
+        endless = not library and high == ranges[-1][1]
+        cases.append(Case(low, 0 if endless else high, _tile_launches(spec, operands, high, context, draft, endless)))
     if library:
-        cases.append(Case(LIBRARY_TOKENS, 0, _library_launches(spec, operands, draft)))
+        cases.append(Case(ranges[-1][1] + 1, 0, _library_launches(spec, operands, draft)))
     return draft.program(cases)
+
+
+def _most_tokens(spec: Linear, operands: Operands, context: KernelContext) -> int:
+    """Tokens from which on a library GEMM is faster; linear_ring holds longer where it need not share columns."""
+    if not takes_ring(spec, operands, context):
+        return TILE_TOKENS
+    return WIDEST_TILE if ring_rule(spec, operands["in.x"].dtype, WIDEST_TILE, context).splits == 1 else TILE_TOKENS
 
 
 def _uses_library(spec: Linear, operands: Operands) -> bool:
@@ -59,53 +83,7 @@ def _uses_library(spec: Linear, operands: Operands) -> bool:
     return spec.rows == "T" and len({operands[r].dtype for r in ("in.x", "w.weight", "out.y0")}) == 1
 
 
-# ---------------------------------------------------------------- text that both templates share
-
-
-def segment_tiles(segments: tuple[Segment, ...], block: int) -> list[dict]:
-    """Where each segment's programs begin and end, `block` rows of the packed weight a program."""
-    tiles, first = [], 0
-    for i, s in enumerate(segments):
-        count = ceil_div(s.width, block // 2) if s.gated else ceil_div(s.width, block)
-        tiles.append(
-            {"index": i, "start": s.start, "width": s.width, "gated": s.gated, "activation": s.activation}
-            | {"first": first, "end": first + count}
-        )
-        first += count
-    return tiles
-
-
-def structure_of(spec: Linear, operands: Operands, block: int, two_pass: bool) -> dict:
-    segments = segment_tiles(spec.segments, block)
-    for s in segments:
-        s["stride"] = operands[f"out.y{s['index']}"].stride
-    gated = sum(s.gated for s in spec.segments)
-    norm, post = spec.norm, spec.post_norm
-    helpers = {s.activation for s in spec.segments} | ({"softcap"} if spec.softcap else set())
-    return {
-        "segments": segments,
-        "gating": "none" if not gated else "all" if gated == len(spec.segments) else "some",
-        "uniform": not gated and all(s["start"] == s["first"] * block for s in segments),
-        "full_n": all(s.width % (block // 2 if s.gated else block) == 0 for s in spec.segments),
-        "helpers": sorted(helpers),
-        "bias": spec.bias,
-        "add": spec.add,
-        "store": spec.store,
-        "rows": spec.rows,
-        "residual_strides": [operands[f"in.residual{i}"].stride for i in range(spec.residuals)],
-        "two_pass": two_pass,
-        **_norm_structure(norm, ""),
-        **_norm_structure(post, "post_"),
-        **({"quantized": spec.quantization.activations} if spec.quantization else {}),
-    }
-
-
-def _norm_structure(norm: Norm | None, prefix: str) -> dict:
-    return {
-        f"{prefix}norm": norm.kind if norm else "",
-        f"{prefix}norm_weight": bool(norm and norm.weight),
-        f"{prefix}norm_bias": bool(norm and norm.bias),
-    }
+# ---------------------------------------------------------------- one row
 
 
 def _row_takes_two_passes(spec: Linear) -> bool:
@@ -117,62 +95,6 @@ def _row_takes_two_passes(spec: Linear) -> bool:
 def _tile_takes_two_passes(spec: Linear) -> bool:
     """As for a row; but tensor cores read float16, which a row times the norm's weight may overflow."""
     return _row_takes_two_passes(spec) or bool(spec.norm and spec.norm.weight)
-
-
-def has_row_sum(spec: Linear) -> bool:
-    """Whether the plan holds the weight's row sums, with which a layer norm can be applied to the product."""
-    norm = spec.norm
-    return norm is not None and norm.kind == "layer" and not norm.weight and spec.quantization is None
-
-
-def numbers_of(spec: Linear, operands: Operands) -> dict:
-    numbers = {
-        "N": spec.out_features,
-        "K": spec.in_features,
-        "X_STRIDE": operands["in.x"].stride,
-        "W_STRIDE": operands["w.weight"].stride,
-        "SCALE": spec.scale,
-        "SOFTCAP": spec.softcap,
-    }
-    if spec.norm:
-        numbers["EPS"] = spec.norm.eps
-    if spec.post_norm:
-        numbers["POST_EPS"] = spec.post_norm.eps
-    return numbers
-
-
-def arguments_of(spec: Linear, operands: Operands, folded_norm: bool) -> Arguments:
-    arguments = Arguments(operands)
-    arguments.bind("in.x", "w.weight")
-    if spec.quantization:
-        arguments.bind("w.weight_scale")
-    for present, role in (
-        (spec.add, "in.add"),
-        (spec.bias, "w.bias"),
-        (spec.norm and spec.norm.weight, "w.norm_weight"),
-        (spec.norm and spec.norm.bias, "w.norm_bias"),
-        (spec.post_norm and spec.post_norm.weight, "w.post_norm_weight"),
-        (spec.post_norm and spec.post_norm.bias, "w.post_norm_bias"),
-        (spec.norm and spec.norm.kind == "layer" and folded_norm, "w.row_sum"),
-        (spec.rows == "R" and operands["in.x"].dtype != "int8", "step.logit_rows"),
-        (spec.store, "out.sum"),
-    ):
-        if present:
-            arguments.bind(role)
-    arguments.bind(*(f"in.residual{i}" for i in range(spec.residuals)))
-    arguments.bind(*(f"out.y{i}" for i in range(len(spec.segments))))
-    return arguments
-
-
-def bind_input_scale(spec: Linear, arguments: Arguments) -> None:
-    """Add what one step of the rounded rows is worth: a stored number, or one of each row."""
-    if spec.quantization and spec.quantization.activations == "tensor":
-        arguments.bind("w.input_scale")
-    else:
-        arguments.bind_memory("scratch.scales", "float32")
-
-
-# ---------------------------------------------------------------- one row
 
 
 def row_request(spec: Linear, operands: Operands, config: RowConfig) -> tuple[KernelRequest, Arguments, int]:
@@ -271,40 +193,73 @@ def tile_request(spec: Linear, operands: Operands, config: TileConfig) -> tuple[
     return request, arguments, tiles
 
 
-def tile_spec(spec: Linear, tokens: int) -> Linear:
-    """What the tile kernel computes at `tokens`: past SEPARATE_NORM_TOKENS its rows come normalised.
+def prepares_rows(spec: Linear, tokens: int, ring: bool) -> bool:
+    """Whether a kernel of its own applies the prologue before the tiles of `tokens` tokens.
 
-    The statistics of so many rows would take the registers that the product needs.
+    The statistics of many rows would take the registers that the product needs; linear_ring can only apply a norm to
+    the product.
     """
-    if tokens <= SEPARATE_NORM_TOKENS or spec.rows == "R":
-        return spec
+    if ring and (spec.add or spec.store or spec.post_norm or _tile_takes_two_passes(spec)):
+        return True
+    return tokens > SEPARATE_NORM_TOKENS and without_prologue(spec) != spec and (ring or spec.rows == "T")
+
+
+def without_prologue(spec: Linear) -> Linear:
+    """What is left to compute where the rows come prepared."""
     return replace(spec, norm=None, post_norm=None, add=False, store=False)
 
 
 def _tile_launches(
-    spec: Linear, operands: Operands, tokens: int, context: KernelContext, draft: Draft
+    spec: Linear, operands: Operands, tokens: int, context: KernelContext, draft: Draft, endless: bool
 ) -> tuple[Launch, ...]:
-    inner = tile_spec(spec, tokens)
-    config = tile_config(inner, operands["in.x"].dtype, tokens, context)
-    if inner == spec:
-        return (tile_launch(spec, operands, config, draft),)
-    prepare = prepare_rows(spec, operands, draft)
-    rows = replace(operands["in.x"], stride=spec.in_features, aligned=True)
-    launch = tile_launch(inner, {**operands, "in.x": rows}, config, draft)
-    args = tuple("scratch.rows" if a == "in.x" else a for a in launch.args)
-    return (prepare, replace(launch, args=args))
+    """endless: any number of tiles of tokens may run at once."""
+    if not prepares_rows(spec, tokens, takes_ring(spec, operands, context)):
+        return (tile_launch(spec, operands, _config(spec, operands, tokens, context, endless), draft),)
+    prepare = _prepare_rows(spec, operands, draft)
+    inner, rows = without_prologue(spec), {**operands, "in.x": prepared(spec, operands["in.x"].dtype)}
+    launch = tile_launch(inner, rows, _config(inner, rows, tokens, context, endless), draft)
+    return (prepare, reading_scratch(launch))
 
 
-def prepare_rows(spec: Linear, operands: Operands, draft: Draft) -> Launch:
-    """Launch a linear's prologue on its own, into scratch.rows."""
+def prepared(spec: Linear, dtype: str) -> Operand:
+    """The rows that `_prepare_rows` leaves in scratch.rows."""
+    return Operand(dtype, spec.in_features, gathered=True)
+
+
+def reading_scratch(launch: Launch) -> Launch:
+    """The launch with prepared rows for x."""
+    return replace(launch, args=tuple("scratch.rows" if a == "in.x" else a for a in launch.args))
+
+
+def _prepare_rows(spec: Linear, operands: Operands, draft: Draft) -> Launch:
     request, launch = row_norm_launch(spec, operands, spec.in_features)
     draft.requests.append(request)
-    draft.reserve("rows", "T", ITEM_SIZE[operands["in.x"].dtype] * spec.in_features)
+    draft.reserve("rows", spec.rows, ITEM_SIZE[operands["in.x"].dtype] * spec.in_features)
     return launch
 
 
-def tile_launch(spec: Linear, operands: Operands, config: TileConfig, draft: Draft) -> Launch:
-    request, arguments, tiles = tile_request(spec, operands, config)
+def _config(
+    spec: Linear, operands: Operands, tokens: int, context: KernelContext, endless: bool
+) -> TileConfig | RingConfig:
+    config = choose_config(spec, operands, tokens, context)
+    # Tiles of tokens that run at once would share the memory in which splits meet.
+    return replace(config, splits=1) if endless else config
+
+
+def choose_config(spec: Linear, operands: Operands, tokens: int, context: KernelContext) -> TileConfig | RingConfig:
+    """The configuration for tiles of `tokens` tokens; its type says which kernel runs."""
+    dtype = operands["in.x"].dtype
+    if tokens <= WIDEST_TILE and takes_ring(spec, operands, context):
+        return ring_config(spec, dtype, tokens, context)
+    return tile_config(spec, dtype, tokens, context)
+
+
+def tile_launch(spec: Linear, operands: Operands, config: TileConfig | RingConfig, draft: Draft) -> Launch:
+    """Launch linear_ring or linear_tile."""
+    if isinstance(config, RingConfig):
+        request, arguments, tiles = ring_request(spec, operands, config)
+    else:
+        request, arguments, tiles = tile_request(spec, operands, config)
     draft.requests.append(request)
     splits = int(request.constexprs["SPLITS"])
     if splits > 1:
@@ -320,8 +275,8 @@ def tile_launch(spec: Linear, operands: Operands, config: TileConfig, draft: Dra
 
 def _library_launches(spec: Linear, operands: Operands, draft: Draft) -> tuple[Launch, ...]:
     launches, x = [], "in.x"
-    if tile_spec(spec, LIBRARY_TOKENS) != spec:
-        launches.append(prepare_rows(spec, operands, draft))
+    if without_prologue(spec) != spec:
+        launches.append(_prepare_rows(spec, operands, draft))
         x = "scratch.rows"
     only = spec.segments[0]
     plain = len(spec.segments) == 1 and only.activation == "none" and not only.gated

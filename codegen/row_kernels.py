@@ -76,7 +76,7 @@ def row_norm_launch(
     if store:
         arguments.bind("out.sum")
         numbers["SUM_STRIDE"] = operands["out.sum"].stride
-    rows = spec.rows if isinstance(spec, Linear) and quantized else "T"
+    rows = spec.rows if isinstance(spec, Linear) else "T"
     if rows == "R":
         arguments.bind("step.logit_rows")
     if quantized == "tensor":
@@ -95,8 +95,10 @@ def row_norm_launch(
         for n, prefix, eps in ((post, "post_", "POST_EPS"), (spec.norm, "", "EPS"))
     ]
     structure: dict[str, Any] = {"norms": norms, "add": spec.add, "store": store}
+    if rows == "R":
+        structure["rows"] = rows
     if quantized:
-        structure |= {"quantized": quantized, "rows": rows}
+        structure["quantized"] = quantized
     request = kernel_request("row_norm", numbers, params, structure=structure, num_warps=_warps(width), num_stages=1)
     return request, Launch("kernel", request.name, arguments.args, (Extent(1, rows),))
 

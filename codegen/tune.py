@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import product
 
+from dscompile.codegen.memory import ITEM_SIZE
 from dscompile.codegen.operands import KernelContext, ceil_div, next_power_of_2
-from dscompile.codegen.tuned_table import WIDEST_TILE, Int8RowConfig, RowConfig, TileConfig, num_sms, rounds_rows
+from dscompile.codegen.ring_kernels import supports_ring
+from dscompile.codegen.tuned_table import (
+    WIDEST_TILE,
+    Int8RowConfig,
+    RingConfig,
+    RowConfig,
+    TileConfig,
+    num_sms,
+    ring_columns,
+    ring_rule,
+    rounds_rows,
+)
 from dscompile.runtime.plan import Linear
 
 # block_n, block_k, num_warps, prefetch, stages
@@ -35,9 +49,11 @@ _ROWS = (
 
 
 def linear_candidates(
-    spec: Linear, tokens: int, context: KernelContext
-) -> Sequence[RowConfig | Int8RowConfig | TileConfig]:
-    """Configurations of a linear for `tokens` tokens."""
+    spec: Linear, dtype: str, tokens: int, context: KernelContext
+) -> Sequence[RowConfig | Int8RowConfig | TileConfig | RingConfig]:
+    """Configurations of a linear of activations of `dtype` for `tokens` tokens."""
+    if 1 < tokens <= WIDEST_TILE and supports_ring(spec, dtype, context):
+        return ring_candidates(spec, "int8" if rounds_rows(spec) else dtype, tokens, context)
     if tokens > 1:
         return tile_candidates(spec, tokens, context)
     return int8_row_candidates(spec) if rounds_rows(spec) else row_candidates(spec)
@@ -126,3 +142,27 @@ def _tiles(spec: Linear, tokens: int, context: KernelContext) -> Iterator[tuple[
             penalty = 0.03 * (prefetch == 0) + 0.05 * (splits > 1) + 0.05 * (warps == 8 and tokens < 64)
             score = under_way * (0.5 + 0.5 * tail) * n / (n + tokens) - penalty
             yield score, TileConfig(n, tokens, k, warps, stages, splits, prefetch)
+
+
+def ring_candidates(spec: Linear, dtype: str, tokens: int, context: KernelContext) -> list[RingConfig]:
+    """Configurations of linear_ring for tiles of `tokens` tokens, the rule's neighbours first."""
+    first = ring_rule(spec, dtype, tokens, context)
+    sms = min(num_sms(t) for t in context.targets)
+    t, found = first.block_t, [first]
+    sizes = product((64, 128, 256), (1, 2, 4), (4, 8), (1, 2, 3, 4), (1, 2, 3, 4, 6))
+    for n, wide, warps, share, splits in sizes:
+        k = wide * ring_columns(dtype)
+        programs = ceil_div(spec.out_features, n) * splits
+        stages = min(8, (context.shared_budget // share - 2_048) // (ITEM_SIZE[dtype] * k * (n + t)))
+        starved = programs < 0.6 * sms or stages < 2 or stages * wide < 4
+        spread = splits > 1 and (programs > 4 * sms or spec.in_features < 4 * k * splits)
+        if starved or spread or n * t > 160 * 32 * warps or (warps == 8 and n == 64) or spec.in_features % k:
+            continue
+        found.append(RingConfig(n, t, k, warps, stages, splits))
+    return sorted(dict.fromkeys(found), key=lambda c: _distance(c, first))
+
+
+def _distance(config: RingConfig, rule: RingConfig) -> float:
+    """How far a configuration is from the rule's, in doublings."""
+    pairs = zip(asdict(config).values(), asdict(rule).values(), strict=True)
+    return sum(abs(math.log2(a / b)) for a, b in pairs)

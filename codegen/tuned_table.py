@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
@@ -62,6 +62,19 @@ def rounds_rows(spec: Linear) -> bool:
     return spec.quantization is not None and spec.quantization.activations != "none"
 
 
+@dataclass(frozen=True)
+class RingConfig:
+    """linear_ring: weight rows and tokens of a tile, columns of a block, blocks in the ring, programs that share a
+    tile's columns."""
+
+    block_n: int
+    block_t: int
+    block_k: int
+    num_warps: int = 4
+    stages: int = 4
+    splits: int = 1
+
+
 def num_sms(target: str) -> int:
     """Multiprocessors of the architecture's large GPU, or of a middling one where it is not known."""
     return NUM_SMS.get(capability(target), 100)
@@ -69,7 +82,7 @@ def num_sms(target: str) -> int:
 
 def row_config(spec: Linear, dtype: str, context: KernelContext) -> RowConfig:
     """The configuration for one row: as measured, or by rule."""
-    entry = _measured(context, spec, dtype, 1)
+    entry = _measured(context, spec, dtype, 1, RowConfig)
     return RowConfig(**entry) if entry else row_rule(spec, dtype)
 
 
@@ -87,7 +100,7 @@ def row_rule(spec: Linear, dtype: str) -> RowConfig:
 
 def int8_row_config(spec: Linear, context: KernelContext) -> Int8RowConfig:
     """The configuration for one row that is rounded to int8."""
-    entry = _measured(context, spec, "int8", 1)
+    entry = _measured(context, spec, "int8", 1, Int8RowConfig)
     if entry:
         return Int8RowConfig(**entry)
     # Measured on an H200: all of a program's weights, or as many as the registers hold, under way before the wait.
@@ -96,7 +109,7 @@ def int8_row_config(spec: Linear, context: KernelContext) -> Int8RowConfig:
 
 def tile_config(spec: Linear, dtype: str, tokens: int, context: KernelContext) -> TileConfig:
     """The configuration for tiles of `tokens` tokens of `dtype`, within the shared memory of every target."""
-    entry = _measured(context, spec, dtype, tokens)
+    entry = _measured(context, spec, dtype, tokens, TileConfig)
     if entry and _fits(TileConfig(**entry), spec, context):
         return TileConfig(**entry)
     return tile_rule(spec, dtype, tokens, context)
@@ -126,6 +139,35 @@ def tile_rule(spec: Linear, dtype: str, tokens: int, context: KernelContext) -> 
     return TileConfig(block_n, block_t, block_k, num_warps, stages, splits, prefetch=512)
 
 
+def ring_columns(dtype: str) -> int:
+    """Columns of a block of the ring: 128 bytes, what tensor cores read from shared memory without conflicts."""
+    return 128 // ITEM_SIZE[dtype]
+
+
+def ring_config(spec: Linear, dtype: str, tokens: int, context: KernelContext) -> RingConfig:
+    """The configuration for tiles of `tokens` tokens: as measured, or by rule."""
+    entry = _measured(context, spec, dtype, tokens, RingConfig)
+    return RingConfig(**entry) if entry else ring_rule(spec, dtype, tokens, context)
+
+
+def ring_rule(spec: Linear, dtype: str, tokens: int, context: KernelContext) -> RingConfig:
+    """The configuration for tiles of a shape that is in no table.
+
+    Each program takes half of a multiprocessor's shared memory, so that the next kernel's weights are under way while
+    this one ends; where tiles of 64 weight rows are too few, programs share their columns. Blocks of 256 bytes, as
+    each turn of the ring waits for the tensor cores once.
+    """
+    sms = min(num_sms(t) for t in context.targets)
+    block_t = min(WIDEST_TILE, max(8, next_power_of_2(tokens)))
+    block_n = 128 if block_t >= 64 and spec.out_features >= 128 * 1.5 * sms else 64
+    block_k = ring_columns(dtype) * (2 if block_t < 64 else 1)
+    tiles = ceil_div(spec.out_features, block_n)
+    splits = max(1, min(3 * sms // tiles, 4, spec.in_features // (4 * block_k)))
+    stage_bytes = ITEM_SIZE[dtype] * block_k * (block_n + block_t)
+    stages = min(6, context.shared_budget // 2 // stage_bytes)
+    return RingConfig(block_n, block_t, block_k, 4 if block_n == 64 else 8, max(2, stages), splits)
+
+
 def _staged_bytes(spec: Linear, dtype: str, block_n: int, block_t: int) -> int:
     """Bytes of a column that a step of the pipeline holds: of the weight, of x and of what is added to it."""
     weight_size = ITEM_SIZE["int8" if spec.quantization else dtype]
@@ -149,15 +191,17 @@ def _pipeline(spec: Linear, dtype: str, column_bytes: int, context: KernelContex
     return COLUMNS[dtype][-1], 2
 
 
-def _measured(context: KernelContext, spec: Linear, dtype: str, tokens: int) -> dict | None:
-    """The fields of a measured configuration, where one architecture is asked for and its table holds the shape."""
+def _measured(context: KernelContext, spec: Linear, dtype: str, tokens: int, kind: type) -> dict | None:
+    """The fields of a measured `kind`, where one architecture is asked for and its table holds the shape."""
     if len(context.targets) != 1 or dtype == "float32":
         return None
     gated = any(s.gated for s in spec.segments)
+    names = {field.name for field in fields(kind)}
     quantization = spec.quantization.activations if spec.quantization else ""
     for entry in (*context.measured, *_table(context.targets[0])):
         same = entry["shape"] == [spec.out_features, spec.in_features] and entry.get("gated", False) == gated
-        if same and entry["tokens"] == tokens and entry.get("quantization", "") == quantization:
+        same = same and entry["tokens"] == tokens and entry.get("quantization", "") == quantization
+        if same and entry["config"].keys() == names:
             return entry["config"]
     return None
 

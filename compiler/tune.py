@@ -104,7 +104,7 @@ class _Bench:
                 shapes[key] = {"shape": list(key[:2]), "gated": gated, "tokens": tokens} | quantization
         options = []
         for key, (spec, _) in sorted(specs.items(), key=lambda item: -item[1][1]):
-            configs = linear_candidates(spec, tokens, context)[:candidates]
+            configs = linear_candidates(spec, self._dtype, tokens, context)[:candidates]
             options.append((key, [shapes[key] | {"config": asdict(c)} for c in configs]))
         self._compile([self._lower((entry,)) for _, entries in options for entry in entries])
         return options

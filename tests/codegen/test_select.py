@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from benchmarks.kernel_shapes import ATTENTIONS, LINEARS, attention_operands, linear_operands
 from dscompile.codegen.operands import KernelContext, Operand
 from dscompile.codegen.select import programs_for
-from dscompile.codegen.tune import row_candidates, tile_candidates
-from dscompile.codegen.tuned_table import tile_config
+from dscompile.codegen.tune import linear_candidates, row_candidates, tile_candidates
+from dscompile.codegen.tuned_table import TileConfig, ring_rule, tile_config
 from dscompile.runtime.errors import UserError
-from dscompile.runtime.plan import KVGroup, Moe, Program, Router
+from dscompile.runtime.plan import KVGroup, Moe, Program, Router, Segment
 
 LINEAR_CASES = [(m, r) for m, (_, regions) in LINEARS.items() for r in regions]
 
@@ -92,6 +92,40 @@ def test_unmeasured_shapes_stay_within_shared_memory(target: str, tokens: int) -
         assert used <= context(target).shared_budget
 
 
+@pytest.mark.parametrize("tokens", [2, 16, 32, 64, 128])
+@pytest.mark.parametrize("model", LINEARS)
+def test_rings_leave_half_of_the_shared_memory_to_the_next_kernel(model: str, tokens: int) -> None:
+    dtype, regions = LINEARS[model]
+    for spec in regions.values():
+        for kind, size in ((dtype, 2), ("int8", 1)):
+            config = ring_rule(spec, kind, tokens, context("sm_90"))
+            used = config.stages * size * config.block_k * (config.block_n + config.block_t)
+            assert config.block_t >= tokens
+            assert config.stages >= 3
+            assert used <= context("sm_90").shared_budget // 2
+
+
+def test_tuning_tries_the_rule_first_and_the_kernel_that_will_run() -> None:
+    dtype, regions = LINEARS["llama3-8b"]
+    for spec in regions.values():
+        here = context("sm_90")
+        assert linear_candidates(spec, dtype, 32, here)[0] == ring_rule(spec, dtype, 32, here)
+        assert isinstance(linear_candidates(spec, dtype, 32, context("sm_80"))[0], TileConfig)
+
+
+def test_splits_meet_in_memory_of_their_own() -> None:
+    """A case of any number of tokens runs several tiles of tokens at once, which must not share that memory."""
+    dtype, regions = LINEARS["llama3-8b"]
+    spec = replace(regions["mlp_out"], out_features=1024, segments=(Segment(0, 1024),), rows="R", residuals=0)
+    for target in ("sm_80", "sm_90"):
+        program, requests = programs_for(spec, linear_operands(spec, dtype), context(target))
+        splits = {r.name: r.constexprs.get("SPLITS", 1) for r in requests}
+        endless = [case for case in program.cases if case.max_tokens == 0]
+        assert endless
+        assert all(splits[launch.target] == 1 for case in endless for launch in case.launches)
+        assert any(splits[launch.target] > 1 for case in program.cases for launch in case.launches)
+
+
 def test_candidates_hold_every_size_of_tile_before_any_twice() -> None:
     spec = LINEARS["llama3-8b"][1]["attn_out"]
     first = tile_candidates(spec, 16, context("sm_90"))[:10]
@@ -110,7 +144,7 @@ def test_a_target_without_the_dtype_is_refused() -> None:
 def test_a_measured_configuration_is_used_only_where_it_fits() -> None:
     dtype, regions = LINEARS["llama3-8b"]
     spec = regions["attn_out"]
-    config = {"block_n": 64, "block_t": 32, "block_k": 128, "num_warps": 4, "stages": 8, "splits": 2, "prefetch": 512}
+    config = asdict(TileConfig(64, 32, 128, stages=8, splits=2, prefetch=512))
     entry = {"shape": [4096, 4096], "gated": False, "tokens": 32, "config": config}
     here = replace(context("sm_90"), measured=(entry,))
     assert vars(tile_config(spec, dtype, 32, here)) | config == vars(tile_config(spec, dtype, 32, here))

@@ -1,0 +1,72 @@
+"""The kernel of a packed linear for Hopper: blocks of weight and rows pass through a ring of shared memory."""
+
+from __future__ import annotations
+
+from math import gcd
+
+from dscompile.codegen.emit import KernelRequest, kernel_request
+from dscompile.codegen.linear_structure import arguments_of, bind_input_scale, numbers_of, structure_of
+from dscompile.codegen.memory import ITEM_SIZE
+from dscompile.codegen.operands import Arguments, KernelContext, Operands, ceil_div
+from dscompile.codegen.targets import capability
+from dscompile.codegen.tuned_table import RingConfig, ring_columns, rounds_rows
+from dscompile.runtime.plan import Linear
+
+LANES = 32
+HOPPER = 90
+COLUMN_TYPES = ("float16", "bfloat16", "int8")
+
+
+def supports_ring(spec: Linear, dtype: str, context: KernelContext) -> bool:
+    """Whether every target has Hopper's tensor cores, and they multiply activations of `dtype` with the weight."""
+    hopper = all(capability(t) == HOPPER for t in context.targets)
+    kind = "int8" if rounds_rows(spec) else dtype
+    same = spec.quantization is None or rounds_rows(spec)
+    return hopper and same and kind in COLUMN_TYPES and spec.in_features % ring_columns(kind) == 0
+
+
+def takes_ring(spec: Linear, operands: Operands, context: KernelContext) -> bool:
+    """The same for operands, blocks of which must be copied 16 bytes at a time."""
+    size = ITEM_SIZE[operands["w.weight"].dtype]
+    copied = all(o.aligned and o.stride * size % 16 == 0 for o in (operands["in.x"], operands["w.weight"]))
+    return copied and supports_ring(spec, operands["in.x"].dtype, context)
+
+
+def ring_request(spec: Linear, operands: Operands, config: RingConfig) -> tuple[KernelRequest, Arguments, int]:
+    """The kernel for tiles of tokens, its arguments and its tiles of weight rows."""
+    integers = operands["in.x"].dtype == "int8"
+    columns = ring_columns(operands["in.x"].dtype)
+    block_k = gcd(config.block_k, spec.in_features)
+    blocks = spec.in_features // block_k
+    each = ceil_div(blocks, min(config.splits, blocks))
+    splits = ceil_div(blocks, each)
+    structure = structure_of(spec, operands, config.block_n, two_pass=False)
+    structure["copy_threads"] = min(LANES, 8 * block_k // columns)
+    structure["out_threads"] = _out_threads(structure["gating"], config.block_n)
+    tiles = structure["segments"][-1]["end"]
+    least = blocks - (splits - 1) * each
+    numbers = numbers_of(spec, operands)
+    numbers |= {"BN": config.block_n, "BT": config.block_t, "BK": block_k, "WARPS": config.num_warps, "SPLITS": splits}
+    numbers["STAGES"] = max(2, min(config.stages, least + 1))
+    if splits > 1:
+        numbers |= {"TILES": tiles, "K_SPLIT": each * block_k}
+    arguments = arguments_of(spec, operands, folded_norm=True)
+    if integers:
+        bind_input_scale(spec, arguments)
+    if splits > 1:
+        arguments.bind_memory("scratch.parts", "int32" if integers else "float32")
+        if spec.norm:
+            arguments.bind_memory("scratch.moments", "float32")
+        arguments.bind_memory("scratch.arrivals", "int32")
+    arguments.bind(spec.rows)
+    request = kernel_request(
+        "linear_ring", numbers, arguments.params, structure=structure, num_warps=config.num_warps, num_stages=1
+    )
+    return request, arguments, tiles
+
+
+def _out_threads(gating: str, block_n: int) -> list[tuple[int, int]]:
+    """(gated, threads that lie along an output row, 8 columns each) of each kind of segment."""
+    widths = {0: block_n, 1: block_n // 2}
+    kinds = {"none": (0,), "all": (1,), "some": (0, 1)}[gating]
+    return [(kind, min(LANES, widths[kind] // 8)) for kind in kinds]

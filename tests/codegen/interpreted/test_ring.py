@@ -1,0 +1,94 @@
+"""The ring of shared memory against the float64 formula: order of copies and products, prologues and epilogues."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dscompile.codegen import linear_kernels, ring_kernels
+from dscompile.codegen.select import programs_for
+from dscompile.codegen.tuned_table import RingConfig
+from dscompile.runtime.plan import Linear, Quantization
+from tests.codegen import oracle
+from tests.codegen.interpreted import gluon
+from tests.codegen.interpreted.harness import TOLERANCE, context, operands, run
+from tests.codegen.interpreted.test_int8 import quantized
+from tests.codegen.interpreted.test_linear import HEADS, SPECS, tensors_for
+from tests.helpers import rms_ratio
+
+K = 256
+
+gluon.install()
+
+
+def wide(spec: Linear) -> Linear:
+    """The spec with whole blocks of columns."""
+    return replace(spec, in_features=K)
+
+
+def check(spec: Linear, rows: int) -> None:
+    torch.manual_seed(rows)
+    tensors = tensors_for(spec, rows, rows, torch.float16)
+    check_templates(spec, tensors, rows)
+    run(spec, tensors, {}, {"T": rows, "B": rows})
+    for role, expected in oracle.linear(spec, tensors).items():
+        assert rms_ratio(tensors[role], expected) <= TOLERANCE[torch.float16], role
+
+
+def check_templates(spec: Linear, tensors: dict[str, torch.Tensor], rows: int) -> None:
+    """The kernel of tiles that `rows` take is the ring's."""
+    program, _ = programs_for(spec, operands(tensors), context())
+    case = next(c for c in program.cases if c.min_tokens <= rows and (not c.max_tokens or rows <= c.max_tokens))
+    assert case.launches[-1].target.startswith("linear_ring_")
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("rows", [3, 17, 40])
+def test_linear(name: str, rows: int) -> None:
+    check(wide(SPECS[name]), rows)
+
+
+@pytest.mark.parametrize("name", ["plain", "gated", "packed", "layer"])
+@pytest.mark.parametrize("stages,splits,block_k", [(2, 3, 64), (3, 2, 64), (4, 1, 128), (8, 2, 128)])
+def test_rings_of_every_length(
+    name: str, stages: int, splits: int, block_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RingConfig(64, 8, block_k, stages=stages, splits=splits)
+    monkeypatch.setattr(linear_kernels, "ring_config", lambda *_: config)
+    check(wide(SPECS[name]), 6)
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("rows,logits", [(40, 19), (9, 3), (150, 140)])
+def test_head_reads_the_rows_asked_for(name: str, rows: int, logits: int) -> None:
+    torch.manual_seed(0)
+    spec = wide(HEADS[name])
+    tensors = tensors_for(spec, rows, logits, torch.float16)
+    chosen = torch.randperm(rows)[:logits].to(torch.int32)
+    check_templates(spec, tensors, logits)
+    run(spec, tensors, {"logit_rows": chosen}, {"T": rows, "B": 1, "R": logits}, count=logits)
+    expected = oracle.linear(spec, tensors, chosen)["out.y0"]
+    assert rms_ratio(tensors["out.y0"], expected) <= TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("name", ["plain", "gated", "packed", "sandwich_layer"])
+@pytest.mark.parametrize("rows", [3, 17, 100])
+def test_rows_in_int8(name: str, rows: int) -> None:
+    torch.manual_seed(rows)
+    spec, tensors = quantized(wide(SPECS[name]), Quantization("token"), rows, rows, torch.float16)
+    check_templates(spec, tensors, rows)
+    run(spec, tensors, {}, {"T": rows, "B": rows, "R": rows})
+    for role, expected in oracle.linear(spec, tensors).items():
+        assert rms_ratio(tensors[role], expected) <= TOLERANCE[torch.float16], role
+
+
+def test_only_hopper_takes_the_ring() -> None:
+    spec = wide(SPECS["plain"])
+    tensors = operands(tensors_for(spec, 3, 3, torch.float16))
+    assert ring_kernels.takes_ring(spec, tensors, context())
+    assert not ring_kernels.takes_ring(spec, tensors, context(targets=("sm_80", "sm_90")))
+    assert not ring_kernels.takes_ring(replace(spec, in_features=200), tensors, context())
+    unaligned = {**tensors, "in.x": replace(tensors["in.x"], aligned=False)}
+    assert not ring_kernels.takes_ring(spec, unaligned, context())
