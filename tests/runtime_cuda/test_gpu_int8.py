@@ -12,7 +12,7 @@ from tests.codegen import oracle
 from tests.codegen.interpreted.harness import context, run
 from tests.helpers import rms_ratio
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("target")]
 
 ROWS = (1, 8, 70, 300)
 K, N = 4096, 1536
