@@ -21,9 +21,7 @@ from benchmarks.kernels import ERROR_LIMIT, Candidate, Kernels, LinearProblem, g
 from dscompile.codegen.int8_kernels import int8_row_request, quantize_request
 from dscompile.codegen.linear_kernels import prepared, row_request, tile_request, without_prologue
 from dscompile.codegen.operands import KernelContext
-from dscompile.codegen.ring_kernels import ring_request
 from dscompile.codegen.tune import linear_candidates
-from dscompile.codegen.tuned_table import RingConfig
 from dscompile.runtime.int8 import quantize_rows
 from dscompile.runtime.plan import Linear, Quantization
 
@@ -68,8 +66,7 @@ def candidates(spec: Linear, dtype: str, tokens: int, context: KernelContext, li
     if by_token:
         inner, bound = without_prologue(spec), {**operands, "in.x": prepared(spec, "int8")}
     for config in configs:
-        tiles_of = ring_request if isinstance(config, RingConfig) else tile_request
-        request, arguments, tiles = tiles_of(inner, bound, config)
+        request, arguments, tiles = tile_request(inner, bound, config)
         args = tuple("scratch.rows" if by_token and a == "in.x" else a for a in arguments.args)
         grid = (-(-tokens // config.block_t), tiles, int(request.constexprs["SPLITS"]))
         found.append(Candidate(request, args, grid, asdict(config)))

@@ -232,7 +232,7 @@ def linear_candidates(spec: Linear, dtype: str, tokens: int, context: KernelCont
     if tokens == 1:
         configs = row_candidates(spec)
     elif takes_ring(spec, operands, context):
-        configs = ring_candidates(spec, dtype, tokens, context)
+        configs = ring_candidates(spec, tokens, context)
     else:
         configs = tile_candidates(spec, max(8, tokens), context)
     return [linear_candidate(spec, operands, config, tokens) for config in configs[:limit]]

@@ -93,7 +93,7 @@ def _candidates(entry: dict[str, Any], spec: Linear, dtype: str, context: Kernel
     if tokens == 1:
         tuned, rule = RowConfig(**entry["config"]), row_rule(spec, dtype)
     elif takes_ring(spec, operands, context):
-        tuned, rule = RingConfig(**entry["config"]), ring_rule(spec, dtype, tokens, context)
+        tuned, rule = RingConfig(**entry["config"]), ring_rule(spec, tokens, context)
     else:
         tuned, rule = TileConfig(**entry["config"]), tile_rule(spec, dtype, tokens, context)
     others = linear_candidates(spec, dtype, tokens, context, more) if more else []

@@ -75,7 +75,7 @@ def _most_tokens(spec: Linear, operands: Operands, context: KernelContext) -> in
     """Tokens from which on a library GEMM is faster; linear_ring holds longer where it need not share columns."""
     if not takes_ring(spec, operands, context):
         return TILE_TOKENS
-    return WIDEST_TILE if ring_rule(spec, operands["in.x"].dtype, WIDEST_TILE, context).splits == 1 else TILE_TOKENS
+    return WIDEST_TILE if ring_rule(spec, WIDEST_TILE, context).splits == 1 else TILE_TOKENS
 
 
 def _uses_library(spec: Linear, operands: Operands) -> bool:

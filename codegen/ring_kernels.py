@@ -5,43 +5,39 @@ from __future__ import annotations
 from math import gcd
 
 from dscompile.codegen.emit import KernelRequest, kernel_request
-from dscompile.codegen.linear_structure import arguments_of, bind_input_scale, numbers_of, structure_of
-from dscompile.codegen.memory import ITEM_SIZE
+from dscompile.codegen.linear_structure import arguments_of, numbers_of, structure_of
 from dscompile.codegen.operands import Arguments, KernelContext, Operands, ceil_div
 from dscompile.codegen.targets import capability
-from dscompile.codegen.tuned_table import RingConfig, ring_columns, rounds_rows
+from dscompile.codegen.tuned_table import RING_COLUMNS, RingConfig
 from dscompile.runtime.plan import Linear
 
 LANES = 32
 HOPPER = 90
-COLUMN_TYPES = ("float16", "bfloat16", "int8")
+TYPES = ("float16", "bfloat16")
 
 
 def supports_ring(spec: Linear, dtype: str, context: KernelContext) -> bool:
-    """Whether every target has Hopper's tensor cores, and they multiply activations of `dtype` with the weight."""
+    """Whether every target has Hopper's tensor cores, and the columns are several whole blocks of 16-bit numbers."""
     hopper = all(capability(t) == HOPPER for t in context.targets)
-    kind = "int8" if rounds_rows(spec) else dtype
-    same = spec.quantization is None or rounds_rows(spec)
-    return hopper and same and kind in COLUMN_TYPES and spec.in_features % ring_columns(kind) == 0
+    blocks, rest = divmod(spec.in_features, RING_COLUMNS)
+    return hopper and spec.quantization is None and dtype in TYPES and blocks > 1 and not rest
 
 
 def takes_ring(spec: Linear, operands: Operands, context: KernelContext) -> bool:
     """The same for operands, blocks of which must be copied 16 bytes at a time."""
-    size = ITEM_SIZE[operands["w.weight"].dtype]
-    copied = all(o.aligned and o.stride * size % 16 == 0 for o in (operands["in.x"], operands["w.weight"]))
+    copied = all(o.aligned and o.stride % 8 == 0 for o in (operands["in.x"], operands["w.weight"]))
     return copied and supports_ring(spec, operands["in.x"].dtype, context)
 
 
 def ring_request(spec: Linear, operands: Operands, config: RingConfig) -> tuple[KernelRequest, Arguments, int]:
     """The kernel for tiles of tokens, its arguments and its tiles of weight rows."""
-    integers = operands["in.x"].dtype == "int8"
-    columns = ring_columns(operands["in.x"].dtype)
     block_k = gcd(config.block_k, spec.in_features)
+    block_k = block_k // 2 if block_k == spec.in_features else block_k
     blocks = spec.in_features // block_k
     each = ceil_div(blocks, min(config.splits, blocks))
     splits = ceil_div(blocks, each)
     structure = structure_of(spec, operands, config.block_n, two_pass=False)
-    structure["copy_threads"] = min(LANES, 8 * block_k // columns)
+    structure["copy_threads"] = min(LANES, block_k // 8)
     structure["out_threads"] = _out_threads(structure["gating"], config.block_n)
     tiles = structure["segments"][-1]["end"]
     least = blocks - (splits - 1) * each
@@ -51,10 +47,8 @@ def ring_request(spec: Linear, operands: Operands, config: RingConfig) -> tuple[
     if splits > 1:
         numbers |= {"TILES": tiles, "K_SPLIT": each * block_k}
     arguments = arguments_of(spec, operands, folded_norm=True)
-    if integers:
-        bind_input_scale(spec, arguments)
     if splits > 1:
-        arguments.bind_memory("scratch.parts", "int32" if integers else "float32")
+        arguments.bind_memory("scratch.parts", "float32")
         if spec.norm:
             arguments.bind_memory("scratch.moments", "float32")
         arguments.bind_memory("scratch.arrivals", "int32")

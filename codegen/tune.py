@@ -7,17 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import product
 
-from dscompile.codegen.memory import ITEM_SIZE
 from dscompile.codegen.operands import KernelContext, ceil_div, next_power_of_2
 from dscompile.codegen.ring_kernels import supports_ring
 from dscompile.codegen.tuned_table import (
+    RING_COLUMNS,
     WIDEST_TILE,
     Int8RowConfig,
     RingConfig,
     RowConfig,
     TileConfig,
     num_sms,
-    ring_columns,
     ring_rule,
     rounds_rows,
 )
@@ -53,7 +52,7 @@ def linear_candidates(
 ) -> Sequence[RowConfig | Int8RowConfig | TileConfig | RingConfig]:
     """Configurations of a linear of activations of `dtype` for `tokens` tokens."""
     if 1 < tokens <= WIDEST_TILE and supports_ring(spec, dtype, context):
-        return ring_candidates(spec, "int8" if rounds_rows(spec) else dtype, tokens, context)
+        return ring_candidates(spec, tokens, context)
     if tokens > 1:
         return tile_candidates(spec, tokens, context)
     return int8_row_candidates(spec) if rounds_rows(spec) else row_candidates(spec)
@@ -144,16 +143,16 @@ def _tiles(spec: Linear, tokens: int, context: KernelContext) -> Iterator[tuple[
             yield score, TileConfig(n, tokens, k, warps, stages, splits, prefetch)
 
 
-def ring_candidates(spec: Linear, dtype: str, tokens: int, context: KernelContext) -> list[RingConfig]:
+def ring_candidates(spec: Linear, tokens: int, context: KernelContext) -> list[RingConfig]:
     """Configurations of linear_ring for tiles of `tokens` tokens, the rule's neighbours first."""
-    first = ring_rule(spec, dtype, tokens, context)
+    first = ring_rule(spec, tokens, context)
     sms = min(num_sms(t) for t in context.targets)
     t, found = first.block_t, [first]
     sizes = product((64, 128, 256), (1, 2, 4), (4, 8), (1, 2, 3, 4), (1, 2, 3, 4, 6))
     for n, wide, warps, share, splits in sizes:
-        k = wide * ring_columns(dtype)
+        k = wide * RING_COLUMNS
         programs = ceil_div(spec.out_features, n) * splits
-        stages = min(8, (context.shared_budget // share - 2_048) // (ITEM_SIZE[dtype] * k * (n + t)))
+        stages = min(8, (context.shared_budget // share - 2_048) // (2 * k * (n + t)))
         starved = programs < 0.6 * sms or stages < 2 or stages * wide < 4
         spread = splits > 1 and (programs > 4 * sms or spec.in_features < 4 * k * splits)
         if starved or spread or n * t > 160 * 32 * warps or (warps == 8 and n == 64) or spec.in_features % k:

@@ -14,6 +14,7 @@ from dscompile.runtime.plan import Linear
 
 TUNED = Path(__file__).parent / "tuned"
 WIDEST_TILE = 128
+RING_COLUMNS = 64  # 128 bytes, what tensor cores read from shared memory without conflicts
 # Columns of a step by what the tensor cores multiply, which for int8 takes at least 32.
 HALF_COLUMNS = (256, 128, 64, 32, 16)
 COLUMNS = {"float32": (32, 16), "float16": HALF_COLUMNS, "bfloat16": HALF_COLUMNS, "int8": (512, 256, 128, 64, 32)}
@@ -139,18 +140,13 @@ def tile_rule(spec: Linear, dtype: str, tokens: int, context: KernelContext) -> 
     return TileConfig(block_n, block_t, block_k, num_warps, stages, splits, prefetch=512)
 
 
-def ring_columns(dtype: str) -> int:
-    """Columns of a block of the ring: 128 bytes, what tensor cores read from shared memory without conflicts."""
-    return 128 // ITEM_SIZE[dtype]
-
-
 def ring_config(spec: Linear, dtype: str, tokens: int, context: KernelContext) -> RingConfig:
     """The configuration for tiles of `tokens` tokens: as measured, or by rule."""
     entry = _measured(context, spec, dtype, tokens, RingConfig)
-    return RingConfig(**entry) if entry else ring_rule(spec, dtype, tokens, context)
+    return RingConfig(**entry) if entry else ring_rule(spec, tokens, context)
 
 
-def ring_rule(spec: Linear, dtype: str, tokens: int, context: KernelContext) -> RingConfig:
+def ring_rule(spec: Linear, tokens: int, context: KernelContext) -> RingConfig:
     """The configuration for tiles of a shape that is in no table.
 
     Each program takes half of a multiprocessor's shared memory, so that the next kernel's weights are under way while
@@ -160,10 +156,10 @@ def ring_rule(spec: Linear, dtype: str, tokens: int, context: KernelContext) -> 
     sms = min(num_sms(t) for t in context.targets)
     block_t = min(WIDEST_TILE, max(8, next_power_of_2(tokens)))
     block_n = 128 if block_t >= 64 and spec.out_features >= 128 * 1.5 * sms else 64
-    block_k = ring_columns(dtype) * (2 if block_t < 64 else 1)
+    block_k = RING_COLUMNS * (2 if block_t < 64 else 1)
     tiles = ceil_div(spec.out_features, block_n)
     splits = max(1, min(3 * sms // tiles, 4, spec.in_features // (4 * block_k)))
-    stage_bytes = ITEM_SIZE[dtype] * block_k * (block_n + block_t)
+    stage_bytes = 2 * block_k * (block_n + block_t)
     stages = min(6, context.shared_budget // 2 // stage_bytes)
     return RingConfig(block_n, block_t, block_k, 4 if block_n == 64 else 8, max(2, stages), splits)
 

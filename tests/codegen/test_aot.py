@@ -150,3 +150,14 @@ def test_a_source_tells_where_it_comes_from() -> None:
 def test_an_unknown_target_is_refused() -> None:
     with pytest.raises(UserError, match="unknown target 'sm_91'"):
         shared_limit(("sm_91",))
+
+
+@pytest.mark.parametrize("columns", [64, 128, 192, 320])
+def test_rings_of_few_blocks_compile(columns: int, tmp_path: Path) -> None:
+    spec = Linear(columns, 200, (Segment(0, 200, "silu", gated=True),), norm=Norm("layer", 1e-5))
+    operands = {"in.x": matrix(columns), "w.weight": Operand(DTYPE, columns, (200, columns)), "out.y0": matrix(100)}
+    operands["w.row_sum"] = Operand("float32", 1, (200,))
+    _, requests = programs_for(spec, operands, context(("sm_90",)))
+    tiles = [r for r in requests if r.template in ("linear_ring", "linear_tile")]
+    assert {r.template for r in tiles} == {"linear_ring" if columns > 64 else "linear_tile"}
+    compile_kernels(tiles[:2], ("sm_90",), tmp_path / "kernels")

@@ -95,21 +95,19 @@ def test_unmeasured_shapes_stay_within_shared_memory(target: str, tokens: int) -
 @pytest.mark.parametrize("tokens", [2, 16, 32, 64, 128])
 @pytest.mark.parametrize("model", LINEARS)
 def test_rings_leave_half_of_the_shared_memory_to_the_next_kernel(model: str, tokens: int) -> None:
-    dtype, regions = LINEARS[model]
-    for spec in regions.values():
-        for kind, size in ((dtype, 2), ("int8", 1)):
-            config = ring_rule(spec, kind, tokens, context("sm_90"))
-            used = config.stages * size * config.block_k * (config.block_n + config.block_t)
-            assert config.block_t >= tokens
-            assert config.stages >= 3
-            assert used <= context("sm_90").shared_budget // 2
+    for spec in LINEARS[model][1].values():
+        config = ring_rule(spec, tokens, context("sm_90"))
+        used = config.stages * 2 * config.block_k * (config.block_n + config.block_t)
+        assert config.block_t >= tokens
+        assert config.stages >= 3
+        assert used <= context("sm_90").shared_budget // 2
 
 
 def test_tuning_tries_the_rule_first_and_the_kernel_that_will_run() -> None:
     dtype, regions = LINEARS["llama3-8b"]
     for spec in regions.values():
         here = context("sm_90")
-        assert linear_candidates(spec, dtype, 32, here)[0] == ring_rule(spec, dtype, 32, here)
+        assert linear_candidates(spec, dtype, 32, here)[0] == ring_rule(spec, 32, here)
         assert isinstance(linear_candidates(spec, dtype, 32, context("sm_80"))[0], TileConfig)
 
 

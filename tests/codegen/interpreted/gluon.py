@@ -55,7 +55,7 @@ class Pipeline:
     def copy(self, block: Block, pointer: Any, mask: Any = None, eviction_policy: str = "") -> None:
         assert not any(block in pair for pair in self.reading), "a block is written while a product reads it"
         block.value = None
-        nothing = {} if mask is None else {"mask": mask, "other": 0 if _is_integer(pointer) else float("nan")}
+        nothing = {} if mask is None else {"mask": mask, "other": float("nan")}
         self.open.append((block, tl.load(pointer, **nothing)))
 
     def commit(self) -> None:
@@ -72,8 +72,6 @@ class Pipeline:
         assert is_async
         left, right = a.load(None), b.load(None)
         self.reading.append((a.origin, b.origin))
-        if acc.dtype == tl.int32:
-            return tl.dot(left, right, acc, out_dtype=tl.int32)
         return acc + tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
 
     def wait_products(self, pending: Any, deps: list) -> Any:
@@ -85,10 +83,6 @@ def _number(x: Any) -> int:
     if isinstance(x, tl.tensor):
         return int(x.handle.data.item())
     return int(getattr(x, "value", x))
-
-
-def _is_integer(pointer: Any) -> bool:
-    return pointer.dtype.element_ty == tl.int8
 
 
 def install() -> None:
