@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -59,7 +59,7 @@ def kernel_times(
     """GPU time per kernel of a decode step, slowest first, from the difference of two profiled generations.
 
     bandwidth: bytes per second, of which kernels that read weights or the cache are given the fraction they reach.
-    Kernels of a step overlap, so the sum of their times may be more than the step's.
+    Kernels of a step overlap: a kernel's time is what it adds, so that the times of a step sum to the step's.
     """
     if engine.device.type != "cuda":
         raise UserError("--kernels times GPU kernels; this engine runs on the CPU (leave --kernels out)")
@@ -175,11 +175,21 @@ def _profile(engine: Any, prompts: list[list[int]], new_tokens: int) -> dict[str
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         _generate(engine, prompts, new_tokens)
         torch.cuda.synchronize(engine.device)
+    events = [e for e in profile.events() or () if e.device_type == torch.autograd.DeviceType.CUDA]
+    return added_times((e.name, e.time_range.start, e.time_range.end) for e in events)
+
+
+def added_times(spans: Iterable[tuple[str, float, float]]) -> dict[str, tuple[int, float]]:
+    """Name -> (count, sum of what each span of that name adds: from the latest end before it to its own end).
+
+    spans: name, start, end; a span that ends before another that began earlier adds nothing
+    """
     totals: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
-    for event in profile.events() or ():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            count, total = totals[event.name]
-            totals[event.name] = (count + 1, total + event.device_time)
+    latest = None
+    for name, start, end in sorted(spans, key=lambda span: span[1]):
+        count, total = totals[name]
+        totals[name] = (count + 1, total + max(0.0, end - (start if latest is None else latest)))
+        latest = end if latest is None else max(latest, end)
     return dict(totals)
 
 
