@@ -31,16 +31,14 @@ def compile_cubin(
 ) -> dict[str, Any]:
     """Compile the kernel `name` of a source file for one architecture and write the cubin to `out`."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.compiler import compile
 
     kernel = _load(source, name, pdl=options.get("launch_pdl", False))
     if list(signature) != list(kernel.arg_names):
         raise TypeError(f"parameters {list(signature)} do not match the source's {kernel.arg_names}")
     attrs = {(kernel.arg_names.index(a),): [["tt.divisibility", 16]] for a in aligned}
-    source_of = GluonASTSource if kernel.is_gluon() else ASTSource
     compiled = compile(
-        source_of(fn=kernel, signature=signature, constexprs={}, attrs=attrs),
+        _source_type(kernel)(fn=kernel, signature=signature, constexprs={}, attrs=attrs),
         target=GPUTarget("cuda", capability, 32),
         options=options,
     )
@@ -52,6 +50,16 @@ def compile_cubin(
         "registers": registers,
         "spills": spills,
     }
+
+
+def _source_type(kernel: Any) -> type:
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    from triton.compiler import ASTSource
+
+    return ASTSource
 
 
 def _load(source: str, name: str, pdl: bool) -> Any:

@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 
+from dscompile.codegen import attention_kernels
+from dscompile.codegen.attention_kernels import DecodeConfig
 from dscompile.runtime.plan import Attention, KVGroup, Norm
 from tests.codegen import oracle
 from tests.codegen.interpreted.harness import TOLERANCE, context, run, slice_of
@@ -218,6 +220,16 @@ def test_large_pages(name: str, decode: bool) -> None:
 def test_one_sequence_is_cut_into_parts() -> None:
     check(SPECS["gqa"], ((500, 1),), torch.float32, 16, decode=True)
     check(SPECS["gqa"], ((500, 1),), torch.float32, 16, decode=True, kv_dtype=torch.int8)
+
+
+@pytest.mark.parametrize("name", ["gqa", "mqa", "softcap_sinks", "narrow_values", "many_columns"])
+@pytest.mark.parametrize("keys,splits,num_warps", [(16, 9, 1), (32, 4, 4)])
+def test_parts_are_joined(name: str, keys: int, splits: int, num_warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many parts as splits, fewer, and one; read all at once, and of many columns in turns."""
+    config = DecodeConfig(splits, keys, 1, num_warps)
+    monkeypatch.setattr(attention_kernels, "decode_config", lambda *_: config)
+    spec = SPECS.get(name) or attention(8, 1, 128, sinks=True)
+    check(spec, ((500, 1), (70, 1), (3, 1)), torch.float16, 16, decode=True)
 
 
 def test_padding_rows_write_nothing_and_disturb_nothing() -> None:
