@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from importlib import import_module
 
 import pytest
 from transformers import LlamaConfig
 
+from benchmarks.figures import JOBS, Job, run
 from benchmarks.models import MODELS
 
 
@@ -50,3 +52,24 @@ def test_command(module, words, keys, folder, tmp_path, monkeypatch):
     assert "tiny" in result["command"] and "cpu" not in result["command"]
     (row,) = result.get("models") or result["rows"]
     assert keys <= row.keys()
+
+
+def test_figures_survive_one_that_fails_and_end_in_time(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(MODELS, "tiny", (tiny, "float32"))
+    monkeypatch.setattr(sys, "argv", ["figures"])
+    good = "decode --models tiny --batch 1 --prompt 5 --new 4 --repeat 1 --name good"
+    jobs = [Job("decode --models unheard-of", ()), Job(good, ("tiny",))]
+    assert run(jobs, folder, tmp_path, "cpu", time.monotonic() + 300) == [jobs[0].command]
+    assert (tmp_path / "good.json").exists()
+    (tmp_path / "good.json").unlink()
+    assert run(jobs, folder, tmp_path, "cpu", time.monotonic()) == []
+    assert not (tmp_path / "good.json").exists()
+    assert capsys.readouterr().out.count("no time left") == 2
+
+
+def test_every_figure_names_a_command_and_its_models():
+    for job in JOBS:
+        module, *words = job.command.split()
+        assert callable(import_module(f"benchmarks.{module}").main)
+        named = {part.split(":")[0] for word in words for part in word.split(",")} & set(MODELS)
+        assert named <= set(job.models) or not job.models
