@@ -8,20 +8,24 @@ attention one kernel for prefill and decode, which takes the keys in blocks from
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from dscompile.codegen.attention_kernels import attention_program
 from dscompile.codegen.emit import KernelRequest
-from dscompile.codegen.linear_kernels import tile_request
+from dscompile.codegen.linear_kernels import (
+    Draft,
+    prepare_rows,
+    prepared,
+    reading_scratch,
+    tile_launch,
+    without_prologue,
+)
+from dscompile.codegen.memory import ITEM_SIZE
 from dscompile.codegen.operands import KernelContext, Operands, ceil_div
-from dscompile.codegen.row_kernels import row_norm_launch
 from dscompile.codegen.tuned_table import TileConfig, num_sms
-from dscompile.runtime.plan import Attention, Case, Extent, Launch, Linear, Program, Scratch
+from dscompile.runtime.plan import Attention, Case, Launch, Linear, Program
 
 # Tokens of a tile, and of a step up to which it is taken. Tiles of 64 weight rows and more use the same instruction,
 # which adds 16 columns at a time in their order, at every number of tokens.
 TILES = ((8, 8), (16, 16), (32, 32), (64, 64), (128, 0))
-LOGIT_TILES = ((64, 0),)  # rows of logits are gathered, so their norm stays in the tile, where its sum depends on it
 BLOCK_K = {4: 32, 2: 64}
 
 
@@ -40,31 +44,21 @@ def deterministic_program(
 def _linear_program(
     spec: Linear, operands: Operands, context: KernelContext
 ) -> tuple[Program, tuple[KernelRequest, ...]]:
-    launches: list[Launch] = []
-    requests: list[KernelRequest] = []
-    scratch: tuple[Scratch, ...] = ()
-    inner = spec
-    if spec.rows == "T" and (spec.norm or spec.post_norm or spec.add or spec.store):
-        request, launch = row_norm_launch(spec, operands, spec.in_features)
-        requests.append(request)
-        launches.append(launch)
-        scratch = (Scratch("rows", "T", _itemsize(operands) * spec.in_features),)
-        inner = replace(spec, norm=None, post_norm=None, add=False, store=False)
-        operands = {**operands, "in.x": replace(operands["in.x"], stride=spec.in_features, aligned=True)}
-    cases, least = [], 1
-    for block_t, last in TILES if spec.rows == "T" else LOGIT_TILES:
-        request, arguments, tiles = tile_request(inner, operands, _tile(inner, operands, block_t, context))
-        requests.append(request)
-        args = tuple("scratch.rows" if arg == "in.x" and launches else arg for arg in arguments.args)
-        grid = (Extent(1, spec.rows, block_t), Extent(tiles), Extent(1))
-        cases.append(Case(least, last, (*launches, Launch("kernel", request.name, args, grid))))
+    draft, cases, least = Draft(), list[Case](), 1
+    inner, rows, prologue = without_prologue(spec), operands, list[Launch]()
+    if inner != spec:
+        prologue = [prepare_rows(spec, operands, draft)]
+        rows = {**operands, "in.x": prepared(spec, operands["in.x"].dtype)}
+    for block_t, last in TILES:
+        launch = tile_launch(inner, rows, _tile(inner, rows, block_t, context), draft)
+        cases.append(Case(least, last, (*prologue, reading_scratch(launch) if prologue else launch)))
         least = last + 1
-    return Program(tuple(cases), scratch), tuple({request.name: request for request in requests}.values())
+    return draft.program(cases)
 
 
 def _tile(spec: Linear, operands: Operands, block_t: int, context: KernelContext) -> TileConfig:
     """Tiles of all of a row's columns, as deep a pipeline as the shared memory holds."""
-    itemsize = _itemsize(operands)
+    itemsize = ITEM_SIZE[operands["w.weight"].dtype]
     block_k = BLOCK_K[itemsize]
     tall = ceil_div(spec.out_features, 128) >= min(num_sms(t) for t in context.targets)
     block_n = 128 if tall and itemsize == 2 else 64
@@ -72,7 +66,3 @@ def _tile(spec: Linear, operands: Operands, block_t: int, context: KernelContext
     stages = max(2, min(8, int(0.7 * context.shared_budget) // step))
     num_warps = 8 if block_n * block_t >= 8192 else 4
     return TileConfig(block_n, block_t, block_k, num_warps, stages, prefetch=512)
-
-
-def _itemsize(operands: Operands) -> int:
-    return 4 if operands["w.weight"].dtype == "float32" else 2

@@ -215,14 +215,14 @@ def _tile_launches(
     """endless: any number of tiles of tokens may run at once."""
     if not prepares_rows(spec, tokens, takes_ring(spec, operands, context)):
         return (tile_launch(spec, operands, _config(spec, operands, tokens, context, endless), draft),)
-    prepare = _prepare_rows(spec, operands, draft)
+    prepare = prepare_rows(spec, operands, draft)
     inner, rows = without_prologue(spec), {**operands, "in.x": prepared(spec, operands["in.x"].dtype)}
     launch = tile_launch(inner, rows, _config(inner, rows, tokens, context, endless), draft)
     return (prepare, reading_scratch(launch))
 
 
 def prepared(spec: Linear, dtype: str) -> Operand:
-    """The rows that `_prepare_rows` leaves in scratch.rows."""
+    """The rows that `prepare_rows` leaves in scratch.rows."""
     return Operand(dtype, spec.in_features, gathered=True)
 
 
@@ -231,7 +231,8 @@ def reading_scratch(launch: Launch) -> Launch:
     return replace(launch, args=tuple("scratch.rows" if a == "in.x" else a for a in launch.args))
 
 
-def _prepare_rows(spec: Linear, operands: Operands, draft: Draft) -> Launch:
+def prepare_rows(spec: Linear, operands: Operands, draft: Draft) -> Launch:
+    """Launch the prologue on its own, into scratch.rows."""
     request, launch = row_norm_launch(spec, operands, spec.in_features)
     draft.requests.append(request)
     draft.reserve("rows", spec.rows, ITEM_SIZE[operands["in.x"].dtype] * spec.in_features)
@@ -276,7 +277,7 @@ def tile_launch(spec: Linear, operands: Operands, config: TileConfig | RingConfi
 def _library_launches(spec: Linear, operands: Operands, draft: Draft) -> tuple[Launch, ...]:
     launches, x = [], "in.x"
     if without_prologue(spec) != spec:
-        launches.append(_prepare_rows(spec, operands, draft))
+        launches.append(prepare_rows(spec, operands, draft))
         x = "scratch.rows"
     only = spec.segments[0]
     plain = len(spec.segments) == 1 and only.activation == "none" and not only.gated
