@@ -1,6 +1,6 @@
 """Draw decode steps against their floor by batch size, one panel a model, from results of benchmarks.decode.
 
-python -m benchmarks.plot benchmarks/results/decode.json --png docs/decode.png     (needs the extra "bench")
+python -m benchmarks.plot     (needs the extra "bench")
 
 The floor is the time in which the GPU reads a step's bytes at the bandwidth measured in the same run.
 """
@@ -12,7 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import RESULTS
 from benchmarks.summary import peers
+
+SHOWN = tuple(RESULTS / f"decode-{name}.json" for name in ("gptj-6b", "llama3-8b", "bloom-7b1-short"))
 
 PEERS = {
     "eager": ("transformers eager", "#b0b0b0", "s"),
@@ -84,8 +87,8 @@ def _title(row: dict[str, Any]) -> str:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="+")
-    parser.add_argument("--png", type=Path, required=True)
+    parser.add_argument("results", type=Path, nargs="*", default=SHOWN, help="of benchmarks.decode")
+    parser.add_argument("--png", type=Path, default=Path("docs/decode.png"))
     return parser.parse_args()
 
 
