@@ -13,6 +13,7 @@ import torch
 
 from dscompile.codegen.emit import KernelRequest, render
 from dscompile.runtime.plan import Case, Extent, Launch, Program
+from dscompile.runtime.products import PRODUCTS
 
 DTYPE = {"fp32": torch.float32, "i8": torch.int8, "fp16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
 
@@ -49,12 +50,7 @@ class JitRunner:
     def launch(self, launch: Launch, bind: Callable[[str], Any], sizes: Mapping[str, int]) -> None:
         """Launch once. bind: the tensor or number that an argument's name stands for; scratch may be bytes."""
         if launch.kind == "library":
-            x, weight, out = (bind(a) for a in launch.args[:3])
-            if x.dtype == torch.uint8:
-                x = x.view(weight.dtype).view(sizes["T"], weight.shape[1])
-            if out.dtype == torch.uint8:
-                out = out.view(weight.dtype).view(sizes["T"], weight.shape[0])
-            out.copy_(x @ weight.T)
+            self._multiply(launch, bind, sizes["T"])
             return
         request = self._requests[launch.target]
         values = [self._typed(bind(a), p.type) for a, p in zip(launch.args, request.params, strict=True)]
@@ -63,6 +59,17 @@ class JitRunner:
         if self._device != "cpu" and request.pdl and torch.cuda.get_device_capability()[0] >= 9:
             options["launch_pdl"] = True
         self._functions[launch.target][grid](*values, **options)
+
+    @staticmethod
+    def _multiply(launch: Launch, bind: Callable[[str], Any], rows: int) -> None:
+        """Compute a library launch through torch."""
+        what, (x, weight, out, _, *more) = PRODUCTS[launch.target], (bind(a) for a in launch.args)
+        if x.dtype == torch.uint8:
+            x = x.view(weight.dtype).view(rows, weight.shape[1])
+        if out.dtype == torch.uint8:
+            out = out.view(weight.dtype).view(rows, weight.shape[0])
+        bias = more.pop(0) if what.bias else None
+        out.copy_(what.compute(x, weight, bias, more.pop(0) if what.residual else None))
 
     def run(self, case: Case, bind: Callable[[str], Any], sizes: Mapping[str, int]) -> None:
         """Launch everything of a case in order."""

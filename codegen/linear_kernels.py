@@ -28,6 +28,7 @@ from dscompile.codegen.tuned_table import (
     tile_config,
 )
 from dscompile.runtime.plan import Case, Extent, Launch, Linear, Program, Scratch, Segment
+from dscompile.runtime.products import PRODUCTS, Product
 
 # Ranges of T with a kernel each; the last number of a range is the tokens of its tile.
 TILE_RANGES = ((2, 8), (9, 16), (17, 32), (33, 64), (65, 128))
@@ -279,10 +280,10 @@ def _library_launches(spec: Linear, operands: Operands, draft: Draft) -> tuple[L
     if without_prologue(spec) != spec:
         launches.append(prepare_rows(spec, operands, draft))
         x = "scratch.rows"
-    only = spec.segments[0]
-    plain = len(spec.segments) == 1 and only.activation == "none" and not only.gated
-    if plain and not (spec.bias or spec.residuals or spec.softcap or spec.scale != 1.0):
-        return (*launches, Launch("library", "mm", (x, "w.weight", "out.y0", "T")))
+    whole = _whole_product(spec, operands)
+    if whole is not None:
+        more = ("w.bias",) * whole.bias + ("in.residual0",) * whole.residual
+        return (*launches, Launch("library", whole.name, (x, "w.weight", "out.y0", "T", *more)))
     draft.reserve("product", "T", ITEM_SIZE[operands["in.x"].dtype] * spec.out_features)
     launches.append(Launch("library", "mm", (x, "w.weight", "scratch.product", "T")))
     for i, segment in enumerate(spec.segments):
@@ -290,6 +291,19 @@ def _library_launches(spec: Linear, operands: Operands, draft: Draft) -> tuple[L
         draft.requests.append(request)
         launches.append(launch)
     return tuple(launches)
+
+
+def _whole_product(spec: Linear, operands: Operands) -> Product | None:
+    """The library's product that does all of the epilogue, if there is one and it can store 16 bytes at a time."""
+    only, dtype = spec.segments[0], operands["in.x"].dtype
+    if len(spec.segments) > 1 or only.gated or spec.softcap or spec.scale != 1.0 or spec.residuals > 1:
+        return None
+    product = Product(spec.bias, only.activation, spec.residuals == 1)
+    if product == Product():
+        return product
+    stored = [operands[role] for role in ("out.y0", *["in.residual0"] * spec.residuals)]
+    alike = all(o.dtype == dtype and o.aligned and o.stride * ITEM_SIZE[dtype] % 16 == 0 for o in stored)
+    return product if alike and product.name in PRODUCTS else None
 
 
 def _epilogue_launch(spec: Linear, segment: Segment, index: int, operands: Operands) -> tuple[KernelRequest, Launch]:

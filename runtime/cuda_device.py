@@ -7,13 +7,15 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from dscompile.runtime.cublaslt import CublasLt
 from dscompile.runtime.driver import Driver
 from dscompile.runtime.kernels import device_target
 from dscompile.runtime.plan import Kernel
 
 
 class CudaDevice:
-    """All work goes to `stream`, in order; `driver` reaches the context that torch made for the device."""
+    """All work goes to `stream`, in order; `driver` reaches the context that torch made for the device, `library`
+    multiplies matrices there."""
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device("cuda", torch.device(device).index or 0)
@@ -21,6 +23,7 @@ class CudaDevice:
         self._stream = torch.cuda.Stream(self.device)
         self.stream: int = self._stream.cuda_stream
         self.driver = Driver()
+        self.library = CublasLt(self.device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def target(self, kernels: Mapping[str, Kernel]) -> str:

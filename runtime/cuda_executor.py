@@ -110,7 +110,8 @@ class CudaExecutor:
         self.counters: Counter[str] = Counter()
         self.max_logit_rows = max_logit_rows(plan)
         with gpu.active():
-            table = KernelTable(plan.kernels, Path(artifact_dir), gpu.target(plan.kernels), gpu.driver)
+            target = gpu.target(plan.kernels)
+            table = KernelTable(plan.kernels, Path(artifact_dir), target, gpu.driver, gpu.library)
             self._allocate(max_kv_tokens)
         self._bound = BoundPlan(plan, weights, table, self._arenas, self._scratch, self._state, self._pools)
         self._seats = Seats(plan)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dscompile.runtime.driver import Driver, Function, PreparedLaunch
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.plan import Case, Extent, Kernel, Launch, Program
+from dscompile.runtime.products import PRODUCTS, Library, Matrices
 
 SIZES = ("T", "B", "R")
 
@@ -114,42 +114,43 @@ class BoundKernel:
 
 
 class BoundLibrary:
-    """A library launch of one step: an operation of torch over the first rows of views."""
+    """A library launch of one step: a product over the first rows of views."""
 
-    def __init__(self, launch: Launch, bindings: Bindings) -> None:
-        if launch.target not in LIBRARY:
+    def __init__(self, launch: Launch, library: Library, bindings: Bindings) -> None:
+        product = PRODUCTS.get(launch.target)
+        if product is None:
             raise UserError(f"the plan launches {launch.target!r}, which this runtime does not have; update dscompile")
-        self._operation = LIBRARY[launch.target]
-        self._operands = [bindings.tensor(name) for name in launch.args if name not in SIZES]
+        x, weight, out, *more = (bindings.tensor(name) for name in launch.args if name not in SIZES)
+        bias = more.pop(0) if product.bias else None
+        residual = more.pop(0) if product.residual else None
+        n, k = weight.shape
+        x, out = _typed(x, weight.dtype, k), _typed(out, weight.dtype, n)
+        self._launch = library.bind(product, Matrices(x, weight, out, bias, residual))
         self._rows = next((name for name in launch.args if name in SIZES), "T")
 
     def launch(self, sizes: Sizes, stream: int) -> None:
         rows = sizes.rows(self._rows)
         if rows:
-            self._operation(rows, *self._operands)
-
-
-def mm(rows: int, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """out[:rows] = x[:rows] @ weight.T with float32 accumulation.
-
-    weight [N, K]; x [rows, K] and out [rows, N] of the weight's dtype, or scratch [rows, bytes] that holds it.
-    """
-    x, out = _typed(x, weight.dtype, weight.shape[1]), _typed(out, weight.dtype, weight.shape[0])
-    torch.mm(x[:rows], weight.t(), out=out[:rows])
+            self._launch(rows, stream)
 
 
 def _typed(memory: torch.Tensor, dtype: torch.dtype, cols: int) -> torch.Tensor:
+    """Scratch [rows, bytes] as the rows of `dtype` that it holds."""
     return memory.view(dtype)[:, :cols] if memory.dtype == torch.uint8 else memory
 
 
-LIBRARY: dict[str, Callable[..., Any]] = {"mm": mm}
-
-
 class KernelTable:
-    """The cubins of one target, loaded into the current context."""
+    """The cubins of one target, loaded into the current context; and a library, where products are launched too."""
 
-    def __init__(self, kernels: Mapping[str, Kernel], artifact: Path, target: str, driver: Driver) -> None:
-        self._kernels, self._driver = kernels, driver
+    def __init__(
+        self,
+        kernels: Mapping[str, Kernel],
+        artifact: Path,
+        target: str,
+        driver: Driver,
+        library: Library | None = None,
+    ) -> None:
+        self._kernels, self._driver, self._library = kernels, driver, library
         self.target = target
         self.functions = {name: self._load(kernel, artifact) for name, kernel in kernels.items()}
 
@@ -162,5 +163,6 @@ class KernelTable:
     def bind(self, launch: Launch, bindings: Bindings) -> BoundKernel | BoundLibrary:
         """Bind a launch of the plan to the addresses of one step."""
         if launch.kind == "library":
-            return BoundLibrary(launch, bindings)
+            assert self._library is not None
+            return BoundLibrary(launch, self._library, bindings)
         return BoundKernel(launch, self._kernels[launch.target], self.functions[launch.target], self._driver, bindings)

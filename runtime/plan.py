@@ -290,7 +290,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class Launch:
-    """kernel: a cubin of the kernel table. library: an operation of runtime.kernels.LIBRARY (a GEMM).
+    """kernel: a cubin of the kernel table. library: one of runtime.products.PRODUCTS, a GEMM with what follows it.
 
     args name what is passed, in the order of the kernel's parameters:
       in.ROLE out.ROLE w.ROLE   a bound activation (address of its first column) or weight

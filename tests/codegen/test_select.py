@@ -45,6 +45,31 @@ def test_a_linear_of_few_tokens_is_one_kernel(model: str, region: str) -> None:
     assert spec.rows == "T" or all(launch.kind == "kernel" for case in program.cases for launch in case.launches)
 
 
+WHOLE_PRODUCTS = {
+    ("llama3-8b", "attn_out"): ["mm_add"],
+    ("llama3-8b", "mlp_in"): ["row_norm", "mm", "epilogue"],
+    ("gptj-6b", "attn_out"): ["mm_bias_add"],
+    ("bloom-7b1", "mlp_in"): ["row_norm", "mm_bias_gelu_tanh"],
+    ("bloom-7b1", "mlp_out"): ["mm_bias_add"],
+}
+
+
+@pytest.mark.parametrize("model,region", WHOLE_PRODUCTS)
+def test_a_library_does_the_epilogues_that_it_knows(model: str, region: str) -> None:
+    dtype, regions = LINEARS[model]
+    spec = regions[region]
+
+    def launched(operands: dict[str, Operand]) -> list[str]:
+        program, requests = programs_for(spec, operands, context("sm_90"))
+        templates = {r.name: r.template for r in requests}
+        return [templates.get(launch.target, launch.target) for launch in program.cases[-1].launches]
+
+    operands = linear_operands(spec, dtype)
+    assert launched(operands) == WHOLE_PRODUCTS[model, region]
+    shifted = operands | {"out.y0": replace(operands["out.y0"], aligned=False)}
+    assert launched(shifted)[-2:] == ["mm", "epilogue"]
+
+
 @pytest.mark.parametrize("model", ATTENTIONS)
 def test_attention_is_one_kernel_in_decoding_and_two_otherwise(model: str) -> None:
     dtype, spec = ATTENTIONS[model]

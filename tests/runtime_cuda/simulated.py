@@ -14,6 +14,7 @@ import torch
 
 from dscompile.runtime.kernels import choose_target
 from dscompile.runtime.plan import Cubin, Kernel
+from dscompile.runtime.products import Matrices, Product
 
 ELEMENT = {
     "fp32": torch.float32,
@@ -71,6 +72,19 @@ class SimulatedDriver:
         ctypes.memmove(target, source, num_bytes)
 
 
+class SimulatedLibrary:
+    """Has CublasLt's methods."""
+
+    def bind(self, product: Product, matrices: Matrices) -> Callable[[int, int], None]:
+        m = matrices
+
+        def launch(rows: int, stream: int) -> None:
+            residual = None if m.residual is None else m.residual[:rows]
+            m.out[:rows] = product.compute(m.x[:rows], m.weight, m.bias, residual)
+
+        return launch
+
+
 class SimulatedDevice:
     """Has CudaDevice's methods; a captured graph is what would have been captured, run again."""
 
@@ -78,6 +92,7 @@ class SimulatedDevice:
         self.device = torch.device("cpu")
         self.stream = 0
         self.driver = SimulatedDriver(kernels, artifact)
+        self.library = SimulatedLibrary()
         self._free = free
         self.replays = 0
 

@@ -13,6 +13,10 @@ from dscompile.runtime.driver import LAUNCH_PROGRAMMATIC_DEPENDENCY, Function, P
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.kernels import Bindings, KernelTable, Sizes, choose_case, choose_target, grid_of
 from dscompile.runtime.plan import Case, Cubin, Extent, Kernel, Launch, Program
+from dscompile.runtime.products import PRODUCTS
+from tests.codegen.oracle import ACTIVATIONS
+from tests.helpers import rms_ratio
+from tests.runtime_cuda.simulated import SimulatedLibrary
 
 SIZES = Sizes(T=17, B=3, R=2, blocks=64)
 
@@ -145,21 +149,26 @@ def test_launch_attributes():
 
 
 @pytest.mark.parametrize("in_scratch", [False, True])
-def test_library_gemm(in_scratch):
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_library_launch_passes_the_rows_of_the_step(name, in_scratch):
     """x and out may lie in scratch memory, as bytes."""
-    weight = torch.randn(6, 4, dtype=torch.float16)
-    memory = {"x": torch.randn(20, 4, dtype=torch.float16), "out": torch.full((20, 6), torch.nan, dtype=torch.float16)}
-    views = {n: t.view(torch.uint8) for n, t in memory.items()} if in_scratch else memory
-    tensors = {"in.x": views["x"], "w.weight": weight, "out.y": views["out"]}
-    table = KernelTable({}, None, "sm_90", RecordingDriver())
-    bound = table.bind(Launch("library", "mm", tuple(tensors)), Bindings(lambda name: 0, tensors.__getitem__))
+    names = {"bias": "w.bias", "residual": "in.residual0"}
+    shapes = {"in.x": (20, 4), "w.weight": (6, 4), "out.y": (20, 6), "w.bias": (6,), "in.residual0": (20, 6)}
+    tensors = {n: torch.randn(shape).half() for n, shape in shapes.items()}
+    x, weight, _, bias, residual = (t.double() for t in tensors.values())
+    tensors["out.y"].fill_(torch.nan)
+    views = tensors | {n: tensors[n].view(torch.uint8) for n in ("in.x", "out.y") if in_scratch}
+    args = ("in.x", "w.weight", "out.y", "T", *(a for n, a in names.items() if getattr(PRODUCTS[name], n)))
+    table = KernelTable({}, None, "sm_90", RecordingDriver(), SimulatedLibrary())
+    bound = table.bind(Launch("library", name, args), Bindings(lambda name: 0, views.__getitem__))
     bound.launch(SIZES, 0)
-    expected = memory["x"][:17].double() @ weight.double().T
-    torch.testing.assert_close(memory["out"][:17].double(), expected, atol=1e-2, rtol=1e-2)
-    assert memory["out"][17:].isnan().all()
+    expected = x @ weight.T + (bias if "bias" in name else 0)
+    expected = ACTIVATIONS[PRODUCTS[name].activation](expected) + (residual if "add" in name else 0)
+    assert rms_ratio(tensors["out.y"][:17], expected[:17]) < 1e-3
+    assert tensors["out.y"][17:].isnan().all()
 
 
 def test_an_unknown_library_operation_is_refused():
-    table = KernelTable({}, None, "sm_90", RecordingDriver())
+    table = KernelTable({}, None, "sm_90", RecordingDriver(), SimulatedLibrary())
     with pytest.raises(UserError, match=r"'fft'.*update dscompile"):
         table.bind(Launch("library", "fft", ()), Bindings(lambda name: 0, lambda name: torch.empty(0)))

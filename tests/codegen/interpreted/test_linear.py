@@ -75,6 +75,12 @@ def test_linear(name: str, rows: int) -> None:
     check(SPECS[name], rows, torch.float32 if rows == 3 else torch.float16)
 
 
+@pytest.mark.parametrize("options", [{"bias": True, "residuals": 1}, {"residuals": 1}, {"bias": True}])
+def test_a_library_adds_bias_and_residual(options: dict) -> None:
+    """Columns that it can store, unlike those of the other tests."""
+    check(Linear(K, 56, (Segment(0, 56),), norm=RMS, **options), 150, torch.float16)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("rows", [1, 9])
 def test_activation(activation: str, rows: int) -> None:

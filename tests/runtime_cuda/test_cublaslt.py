@@ -1,0 +1,121 @@
+"""What cuBLASLt is asked, with a library that only records."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+
+from dscompile.runtime import cublaslt
+from dscompile.runtime.cublaslt import ALIGNMENT, CublasLt, alignment_of
+from dscompile.runtime.driver import CudaError
+from dscompile.runtime.products import PRODUCTS, Matrices
+
+EPILOGUES = {"mm": 1, "mm_bias": 4, "mm_relu": 2, "mm_gelu_tanh": 32, "mm_bias_relu": 6, "mm_bias_gelu_tanh": 36}
+EPILOGUES |= {"mm_add": 1, "mm_bias_add": 4}
+
+
+class RecordingLibrary:
+    """Numbers what it creates; `attributes` by number and name, `calls` of cublasLtMatmul."""
+
+    def __init__(self) -> None:
+        self.attributes: dict[tuple[int, int], int] = {}
+        self.layouts: dict[int, tuple[int, ...]] = {}
+        self.calls: list[tuple[Any, ...]] = []
+        self.choices, self.made, self.status = 0, 0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name.endswith("SetAttribute"):
+            return self._set
+        return self._create
+
+    def _create(self, made: Any, *arguments: Any) -> int:
+        self.made += 1
+        made._obj.value = self.made
+        self.layouts[self.made] = tuple(getattr(a, "value", a) for a in arguments)
+        return 0
+
+    def _set(self, target: Any, name: int, value: Any, size: Any) -> int:
+        assert ctypes.sizeof(value._obj) == size.value
+        self.attributes[target.value, name] = value._obj.value
+        return 0
+
+    def cublasLtMatmulAlgoGetHeuristic(self, *arguments: Any) -> int:
+        self.choices += 1
+        arguments[-1]._obj.value = 1
+        return 0
+
+    class _Matmul:
+        argtypes = ()
+
+        def __init__(self, owner: RecordingLibrary) -> None:
+            self.owner = owner
+
+        def __call__(self, *arguments: Any) -> int:
+            assert len(arguments) == len(self.argtypes)
+            self.owner.calls.append(tuple(getattr(a, "value", a) for a in arguments))
+            return self.owner.status
+
+    @property
+    def cublasLtMatmul(self) -> Any:
+        return self._Matmul(self)
+
+
+@pytest.fixture
+def library(monkeypatch) -> tuple[CublasLt, RecordingLibrary]:
+    recording = RecordingLibrary()
+    monkeypatch.setattr(cublaslt.ctypes, "CDLL", lambda name: recording)
+    return CublasLt(torch.device("cpu")), recording
+
+
+def matrices(name: str, rows: int = 20) -> Matrices:
+    """x and out are columns of wider matrices."""
+    what, n, k = PRODUCTS[name], 24, 16
+    wide = torch.randn(rows, 64).half()
+    bias = torch.randn(n).half() if what.bias else None
+    residual = torch.randn(rows, n).half() if what.residual else None
+    return Matrices(wide[:, :k], torch.randn(n, k).half(), wide[:, 32 : 32 + n], bias, residual)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_is_described(library, name):
+    """The library sees transposes: A is the weight, turned, B is x; C is the residual, or out times zero."""
+    lt, recording = library
+    m = matrices(name)
+    lt.bind(PRODUCTS[name], m)(7, 99)
+    (call,) = recording.calls
+    description, alpha, a, a_layout, b, b_layout, beta, c, c_layout, d, d_layout = call[1:12]
+    assert (a, b, d) == (m.weight.data_ptr(), m.x.data_ptr(), m.out.data_ptr())
+    assert c == (d if m.residual is None else m.residual.data_ptr())
+    assert call[-1] == 99
+    scales = [ctypes.c_float.from_address(p).value for p in (alpha, beta)]
+    assert scales == [1.0, float(m.residual is not None)]
+    layouts = [recording.layouts[layout] for layout in (a_layout, b_layout, c_layout, d_layout)]
+    assert layouts == [(2, 16, 24, 16), (2, 16, 7, 64), (2, 24, 7, 64 if m.residual is None else 24), (2, 24, 7, 64)]
+    assert recording.attributes[description, 3] == 1
+    assert recording.attributes[description, 7] == EPILOGUES[name]
+    assert recording.attributes.get((description, 8)) == (None if m.bias is None else m.bias.data_ptr())
+
+
+def test_an_algorithm_is_chosen_once_for_a_shape_and_a_number_of_rows(library):
+    lt, recording = library
+    m = matrices("mm_add")
+    first, second = (lt.bind(PRODUCTS["mm_add"], m) for _ in range(2))
+    for rows in (7, 7, 8, 7):
+        first(rows, 0)
+        second(rows, 0)
+    assert recording.choices == 2
+    assert len(recording.calls) == 8
+
+
+def test_a_failure_says_what_failed(library):
+    lt, recording = library
+    recording.status = 15
+    with pytest.raises(CudaError, match="status 15 for 3 rows"):
+        lt.bind(PRODUCTS["mm"], matrices("mm"))(3, 0)
+
+
+def test_alignments():
+    assert [alignment_of(a) for a in (4096, 4096 + 16, 4098)] == [ALIGNMENT, 16, 2]

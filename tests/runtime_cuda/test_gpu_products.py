@@ -1,0 +1,41 @@
+"""The library's products on a GPU against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dscompile.runtime.products import PRODUCTS, Matrices
+from tests.codegen.oracle import ACTIVATIONS
+from tests.helpers import rms_ratio
+
+pytestmark = pytest.mark.gpu
+LIMIT = {torch.float16: 6e-4, torch.bfloat16: 5e-3, torch.float32: 1e-5}
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products(target, name, dtype):
+    """Few rows of a long product, whose columns are shared, and many of a short one; x, out and residual are columns
+    of wider matrices."""
+    from dscompile.runtime.cuda_device import CudaDevice
+
+    device, what = CudaDevice("cuda"), PRODUCTS[name]
+    torch.manual_seed(0)
+    with device.active():
+        for rows, n, k in ((67, 512, 8192), (301, 1032, 264)):
+            x, residual, out = (torch.randn(rows, width + 24, device="cuda").to(dtype)[:, 8:-16] for width in (k, n, n))
+            weight, bias = (
+                (torch.randn(n, k, device="cuda") / k**0.5).to(dtype),
+                torch.randn(n, device="cuda").to(dtype),
+            )
+            expected = x.double() @ weight.double().T + (bias.double() if what.bias else 0)
+            expected = ACTIVATIONS[what.activation](expected) + (residual.double() if what.residual else 0)
+            out.fill_(torch.nan)
+            given = Matrices(x, weight, out, bias if what.bias else None, residual if what.residual else None)
+            launch = device.library.bind(what, given)
+            launch(rows - 1, device.stream)
+            assert rms_ratio(out[:-1], expected[:-1]) <= LIMIT[dtype]
+            assert out[-1].isnan().all()
+            launch(rows, device.stream)
+            assert rms_ratio(out, expected) <= LIMIT[dtype]
