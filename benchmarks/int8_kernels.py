@@ -68,7 +68,7 @@ def candidates(spec: Linear, dtype: str, tokens: int, context: KernelContext, li
     for config in configs:
         request, arguments, tiles = tile_request(inner, bound, config)
         args = tuple("scratch.rows" if by_token and a == "in.x" else a for a in arguments.args)
-        grid = (-(-tokens // config.block_t), tiles, int(request.constexprs["SPLITS"]))
+        grid = (-(-tokens // config.block_t), int(request.constexprs["SPLITS"]), tiles)
         found.append(Candidate(request, args, grid, asdict(config)))
     return found
 

@@ -247,7 +247,7 @@ def linear_candidate(spec: Linear, operands: Operands, config: Config, tokens: i
         request, arguments, tiles = ring_request(spec, operands, config)
     else:
         request, arguments, tiles = tile_request(spec, operands, config)
-    grid = (-(-tokens // config.block_t), tiles, int(request.constexprs["SPLITS"]))
+    grid = (-(-tokens // config.block_t), int(request.constexprs["SPLITS"]), tiles)
     return Candidate(request, arguments.args, grid, asdict(config))
 
 

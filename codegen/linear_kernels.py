@@ -22,8 +22,8 @@ from dscompile.codegen.tuned_table import (
     RingConfig,
     RowConfig,
     TileConfig,
+    num_sms,
     ring_config,
-    ring_rule,
     row_config,
     tile_config,
 )
@@ -76,7 +76,7 @@ def _most_tokens(spec: Linear, operands: Operands, context: KernelContext) -> in
     """Tokens from which on a library GEMM is faster; linear_ring holds longer where it need not share columns."""
     if not takes_ring(spec, operands, context):
         return TILE_TOKENS
-    return WIDEST_TILE if ring_rule(spec, WIDEST_TILE, context).splits == 1 else TILE_TOKENS
+    return WIDEST_TILE if spec.out_features >= 64 * 1.5 * min(num_sms(t) for t in context.targets) else TILE_TOKENS
 
 
 def _uses_library(spec: Linear, operands: Operands) -> bool:
@@ -268,7 +268,8 @@ def tile_launch(spec: Linear, operands: Operands, config: TileConfig | RingConfi
         draft.reserve("parts", "1", 4 * splits * tiles * config.block_n * config.block_t)
         draft.reserve("moments", "1", 4 * splits * tiles * 2 * config.block_t)
         draft.reserve("arrivals", "1", 4 * tiles, zeroed=True)
-    grid = (Extent(1, spec.rows, config.block_t), Extent(tiles), Extent(splits))
+    # Programs that share a tile start together: most tiles are done before the last program begins.
+    grid = (Extent(1, spec.rows, config.block_t), Extent(splits), Extent(tiles))
     return Launch("kernel", request.name, arguments.args, grid)
 
 

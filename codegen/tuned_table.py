@@ -150,15 +150,15 @@ def ring_rule(spec: Linear, tokens: int, context: KernelContext) -> RingConfig:
     """The configuration for tiles of a shape that is in no table.
 
     Each program takes half of a multiprocessor's shared memory, so that the next kernel's weights are under way while
-    this one ends; where tiles of 64 weight rows are too few, programs share their columns. Blocks of 256 bytes, as
-    each turn of the ring waits for the tensor cores once.
+    this one ends; where tiles of 64 weight rows are too few, programs share their columns, as many as run at once.
+    Blocks of 256 bytes, as each turn of the ring waits for the tensor cores once.
     """
     sms = min(num_sms(t) for t in context.targets)
     block_t = min(WIDEST_TILE, max(8, next_power_of_2(tokens)))
     block_n = 128 if block_t >= 64 and spec.out_features >= 128 * 1.5 * sms else 64
     block_k = RING_COLUMNS * (2 if block_t < 64 else 1)
     tiles = ceil_div(spec.out_features, block_n)
-    splits = max(1, min(3 * sms // tiles, 4, spec.in_features // (4 * block_k)))
+    splits = max(1, min(2 * sms // tiles, 4, spec.in_features // (4 * block_k)))
     stage_bytes = 2 * block_k * (block_n + block_t)
     stages = min(6, context.shared_budget // 2 // stage_bytes)
     return RingConfig(block_n, block_t, block_k, 4 if block_n == 64 else 8, max(2, stages), splits)
