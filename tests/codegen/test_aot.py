@@ -161,3 +161,16 @@ def test_rings_of_few_blocks_compile(columns: int, tmp_path: Path) -> None:
     tiles = [r for r in requests if r.template in ("linear_ring", "linear_tile")]
     assert {r.template for r in tiles} == {"linear_ring" if columns > 64 else "linear_tile"}
     compile_kernels(tiles[:2], ("sm_90",), tmp_path / "kernels")
+
+
+@pytest.mark.parametrize(("columns", "group"), [(64, 71), (128, 4), (256, 1)])
+def test_rings_of_attention_fit_the_registers(columns: int, group: int, tmp_path: Path) -> None:
+    spec = Attention(2 * group, 2, columns, columns, columns**-0.5, 0, 0, rotary_dim=columns)
+    width = {"in.q": 2 * group, "in.k": 2, "in.v": 2, "out.y": 2 * group}
+    operands = {role: matrix(heads * columns) for role, heads in width.items()}
+    operands |= {f"w.rope_{f}": Operand("float32", columns // 2, (512, columns // 2)) for f in ("cos", "sin")}
+    groups = (KVGroup(2, 2, columns, columns, DTYPE),)
+    _, requests = programs_for(spec, operands, replace(context(("sm_90",)), kv_groups=groups))
+    rings = [r for r in requests if r.template == "attention_ring"]
+    (kernel,) = compile_kernels(rings, ("sm_90",), tmp_path / "kernels").values()
+    assert kernel.cubins["sm_90"].spills == 0

@@ -42,7 +42,7 @@ def test_attention_takes_one_kernel_for_prefill_and_decode():
     dtype, spec = ATTENTIONS["llama3-8b"]
     operands = attention_operands(spec, dtype, 4096)
     program, requests = programs_for(spec, operands, context())
-    assert [request.template for request in requests] == ["attention_append", "attention_prefill"]
+    assert [request.template for request in requests] == ["attention_append", "attention_ring"]
     assert all(choose_case(program, n, decode) == program.cases[0] for n in (1, 70) for decode in (True, False))
     usual, _ = programs_for(spec, operands, context(deterministic=False))
     assert len(usual.cases) > 1

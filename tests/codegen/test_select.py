@@ -83,6 +83,21 @@ def test_attention_is_one_kernel_in_decoding_and_two_otherwise(model: str) -> No
     assert sum(s.bytes for s in program.scratch) < 16 << 20
 
 
+@pytest.mark.parametrize("model", ATTENTIONS)
+def test_attention_of_many_tokens_takes_the_ring_on_hopper_alone(model: str) -> None:
+    dtype, spec = ATTENTIONS[model]
+    operands = attention_operands(spec, dtype, 4096)
+
+    def template(*targets: str, kv_dtype: str = dtype) -> str:
+        group = KVGroup(32, spec.num_kv_heads, spec.head_dim, spec.v_head_dim, kv_dtype)
+        program, requests = programs_for(spec, operands, context(*targets, group=group))
+        names = {r.name: r.template for r in requests}
+        return names[program.cases[-1].launches[-1].target]
+
+    assert template("sm_90") == "attention_ring"
+    assert template("sm_80", "sm_90") == template("sm_90", kv_dtype="int8") == "attention_prefill"
+
+
 def test_experts_are_two_products_at_any_number_of_tokens() -> None:
     spec = Moe(512, 384, Router(8, 2, "softmax", True), "silu")
     operands = {role: Operand("float16", n, (0, n)) for role, n in (("in.x", 512), ("in.logits", 8), ("out.y", 512))}

@@ -22,12 +22,28 @@ class Block:
         self.value: Any = None
         self.transposed = False
         self.origin = self
+        self.rows: slice | None = None
 
     def permute(self, order: tuple[int, int]) -> Block:
         assert tuple(order) == (1, 0)
         view = Block()
         view.origin, view.transposed = self.origin, not self.transposed
         return view
+
+    def store(self, value: Any) -> None:
+        if self.rows is None:
+            self.value = value
+        else:
+            self.origin.value.handle.data[self.rows] = value.handle.data
+
+    def slice(self, start: int, length: int) -> Block:
+        view = Block()
+        view.origin, view.rows = self, slice(start, start + length)
+        return view
+
+    @property
+    def dtype(self) -> Any:
+        return self.origin.value.dtype
 
     def load(self, layout: None) -> Any:
         assert self.origin.value is not None, "a block is read before its copy was waited for"
@@ -50,7 +66,7 @@ class Pipeline:
     def __init__(self) -> None:
         self.groups: list[list[tuple[Block, Any]]] = []
         self.open: list[tuple[Block, Any]] = []
-        self.reading: list[tuple[Block, Block]] = []
+        self.reading: list[tuple[Block | None, Block]] = []
 
     def copy(self, block: Block, pointer: Any, mask: Any = None, eviction_policy: str = "") -> None:
         assert not any(block in pair for pair in self.reading), "a block is written while a product reads it"
@@ -68,15 +84,17 @@ class Pipeline:
             block.value = value
         del self.groups[:done]
 
-    def multiply(self, a: Block, b: Block, acc: Any, is_async: bool) -> Any:
+    def multiply(self, a: Any, b: Block, acc: Any, is_async: bool, use_acc: bool = True) -> Any:
+        """The left operand is a block, or in registers."""
         assert is_async
-        left, right = a.load(None), b.load(None)
-        self.reading.append((a.origin, b.origin))
-        return acc + tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
+        left, right = a.load(None) if isinstance(a, Block) else a, b.load(None)
+        self.reading.append((a.origin if isinstance(a, Block) else None, b.origin))
+        product = tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
+        return acc + product if use_acc else product
 
     def wait_products(self, pending: Any, deps: list) -> Any:
         del self.reading[: max(0, len(self.reading) - _number(pending))]
-        return deps[0]
+        return deps[0] if len(deps) == 1 else tuple(deps)
 
 
 def _number(x: Any) -> int:
@@ -89,13 +107,22 @@ def install() -> None:
     """Put these in the place of what our templates take from Gluon, in this process."""
     pipeline = Pipeline()
 
-    def allocate(dtype: Any, shape: list, layout: None) -> Ring:
-        pipeline.__init__()  # type: ignore[misc]
-        return Ring(_number(shape[0]))
+    def allocate(dtype: Any, shape: list, layout: None) -> Ring | Block:
+        """A ring of blocks, or of less than three dimensions one block."""
+        if len(shape) == 3:
+            assert not (pipeline.groups or pipeline.open or pipeline.reading), "a program left work behind"
+            return Ring(_number(shape[0]))
+        block = Block()
+        block.value = tl.full(shape, float("nan"), dtype)
+        return block
 
     layouts = ("NVMMADistributedLayout", "BlockedLayout", "NVMMASharedLayout", "SliceLayout")
+    layouts += ("DotOperandLayout", "SwizzledSharedLayout")
     language = SimpleNamespace(
         arange=lambda start, stop, layout: tl.arange(start, stop),
+        full=lambda shape, value, dtype, layout: tl.full(shape, value, dtype),
+        to_tensor=lambda x: tl.full((), x, tl.int32),
+        constexpr=tl.constexpr,
         zeros=lambda shape, dtype, layout: tl.zeros(shape, dtype),
         convert_layout=lambda x, layout: x,
         allocate_shared_memory=allocate,

@@ -1,0 +1,109 @@
+"""Kernels that attend in steps of many tokens: one in Triton for every architecture, one in Gluon for Hopper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dscompile.codegen.attention_structure import (
+    bind_attention,
+    bind_norms,
+    keys_of_a_step,
+    multiplies_in_registers,
+    norm_numbers,
+    numbers_of,
+    structure_of,
+)
+from dscompile.codegen.emit import KernelRequest, kernel_request
+from dscompile.codegen.operands import Arguments, KernelContext, Operands, next_power_of_2
+from dscompile.codegen.ring_kernels import HOPPER, TYPES
+from dscompile.codegen.targets import capability
+from dscompile.codegen.tuned_table import num_sms
+from dscompile.runtime.plan import Attention, Extent, Launch
+
+LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """attention_ring, or else attention_prefill: rows (tokens times heads of a group) of a program, keys of a step,
+    programs that fill the GPU twice; pipeline depth, which is always two for the ring."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    programs: int
+    stages: int = 2
+    ring: bool = False
+
+
+def prefill_config(spec: Attention, operands: Operands, context: KernelContext) -> PrefillConfig:
+    """The configuration for steps of any number of tokens.
+
+    Measured on an H200 (`python -m benchmarks.attention`): two small programs of four warps on a multiprocessor
+    are faster than one of eight, as one multiplies while the other computes shares; in the ring, heads of 256 columns
+    leave room for one program, which is best when large.
+    """
+    columns = next_power_of_2(max(spec.head_dim, spec.v_head_dim))
+    least = next_power_of_2(spec.num_heads // spec.num_kv_heads)
+    programs = 4 * min(num_sms(t) for t in context.targets)
+    if takes_ring(spec, operands, context):
+        rows = max(128 if columns > 128 else 64, least)
+        return PrefillConfig(rows, 64, rows // 16, programs, ring=True)
+    keys = keys_of_a_step(spec, operands, context)
+    if context.kv_groups[spec.group].dtype == "int8" and columns <= 128:
+        return PrefillConfig(max(128, least), keys, 8, programs, stages=3)
+    rows = max(16 if multiplies_in_registers(operands, context) else 64, least)
+    return PrefillConfig(rows, keys, 4 if rows <= 64 and columns <= 256 else 8, programs)
+
+
+def takes_ring(spec: Attention, operands: Operands, context: KernelContext) -> bool:
+    """Whether attention_ring serves: every target has Hopper's tensor cores, and heads and their cache are whole blocks
+    of 16-bit numbers."""
+    dtype = operands["in.q"].dtype
+    hopper = all(capability(t) == HOPPER for t in context.targets)
+    halves = dtype in TYPES and context.kv_groups[spec.group].dtype == dtype
+    return hopper and halves and spec.head_dim == spec.v_head_dim and spec.head_dim in (64, 128, 256)
+
+
+def prefill_launch(spec: Attention, operands: Operands, context: KernelContext) -> tuple[KernelRequest, Launch]:
+    """The launch that attends in steps of any number of tokens, and its kernel."""
+    config = prefill_config(spec, operands, context)
+    request, arguments = prefill_request(spec, operands, context, config)
+    grid = (Extent(1, "T", int(request.constexprs["TOKENS"]), plus=1), Extent(spec.num_kv_heads))
+    return request, Launch("kernel", request.name, arguments.args, grid)
+
+
+def prefill_request(
+    spec: Attention, operands: Operands, context: KernelContext, config: PrefillConfig
+) -> tuple[KernelRequest, Arguments]:
+    """The kernel that attends in steps of many tokens, and its arguments."""
+    arguments = Arguments(operands)
+    arguments.bind("in.q")
+    bind_norms(arguments, spec, "q")
+    step = ("step.seq_starts", "step.context_lens", "step.block_table")
+    bind_attention(arguments, spec, context, *step)
+    arguments.bind("out.y", "B", "blocks")
+    numbers = numbers_of(spec, operands, context) | norm_numbers(spec)
+    group_padded = next_power_of_2(int(numbers["GROUP"]))
+    numbers |= {"GP": group_padded, "BM": config.rows, "TOKENS": config.rows // group_padded, "BN": config.keys}
+    int8 = context.kv_groups[spec.group].dtype == "int8"
+    numbers |= {"LOG2E": LOG2E, "FACTOR": LOG2E * (1.0 if int8 else spec.scale)}
+    numbers["PROGRAMS"] = config.programs
+    structure = structure_of(spec, operands) | {
+        "one_page": context.page_size % config.keys == 0,
+        "split_loop": not spec.window and not spec.chunk and (spec.causal or config.ring),
+        "shaped": bool(spec.softcap or spec.alibi or spec.scale <= 0),
+    }
+    if config.ring:
+        numbers |= {"WARPS": config.num_warps, "Q_ROWS": min(config.rows, 4 * config.num_warps)}
+    else:
+        numbers["STAGES"] = config.stages
+    request = kernel_request(
+        "attention_ring" if config.ring else "attention_prefill",
+        numbers,
+        arguments.params,
+        structure=structure,
+        num_warps=config.num_warps,
+        num_stages=config.stages,
+    )
+    return request, arguments

@@ -1,0 +1,57 @@
+"""Attention on Hopper's tensor cores against the float64 formula: order of copies and products, masks, ragged tiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dscompile.codegen import prefill_kernels
+from dscompile.codegen.prefill_kernels import PrefillConfig
+from dscompile.runtime.plan import Attention, Norm
+from tests.codegen.interpreted import gluon
+from tests.codegen.interpreted.test_attention import check
+
+gluon.install()
+
+
+def attention(heads: int = 4, kv: int = 2, **options) -> Attention:
+    return Attention(heads, kv, 64, 64, scale=0.125, group=0, index=1, **options)
+
+
+SPECS = {
+    "gqa": attention(rotary_dim=64),
+    "mqa": attention(7, 1, rotary_dim=32),
+    "alibi": attention(4, 4, alibi=True),
+    "window": attention(window=21),
+    "chunk": attention(chunk=40, rotary_dim=64),
+    "softcap_sinks": attention(softcap=2.0, sinks=True),
+    "head_norms": attention(
+        rotary_dim=64, q_norm=Norm("rms", 1e-5, weight=True), k_norm=Norm("layer", 1e-5, weight=True, bias=True)
+    ),
+    "encoder": attention(causal=False),
+}
+RAGGED = ((5, 5), (70, 1), (33, 30), (1, 1), (150, 70))
+
+
+ONE_HEAD_AT_A_TIME = PrefillConfig(64, 64, 4, programs=1, ring=True)
+CONFIGS = {
+    "all_heads_at_once": PrefillConfig(128, 32, 8, programs=1000, ring=True),
+    "some_heads": PrefillConfig(64, 16, 4, programs=7, ring=True),
+}
+
+
+def ragged(spec: Attention, config: PrefillConfig, sequences: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_kernels, "prefill_config", lambda *_: config)
+    if not spec.causal:
+        sequences = tuple((new, new) for _, new in sequences)
+    check(spec, sequences, torch.float16, 16, decode=False)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_ragged(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ragged(SPECS[name], ONE_HEAD_AT_A_TIME, RAGGED, monkeypatch)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_order_of_programs(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ragged(attention(6, 3), CONFIGS[config], RAGGED[1:], monkeypatch)
