@@ -14,6 +14,7 @@ from dscompile.runtime.plan import Linear
 
 TUNED = Path(__file__).parent / "tuned"
 WIDEST_TILE = 128
+BULK_TOKENS = 2048
 RING_COLUMNS = 64  # 128 bytes, what tensor cores read from shared memory without conflicts
 # Columns of a step by what the tensor cores multiply, which for int8 takes at least 32.
 HALF_COLUMNS = (256, 128, 64, 32, 16)
@@ -56,6 +57,18 @@ class TileConfig:
     splits: int = 1
     prefetch: int = 0
     evict_first: bool = True
+
+
+@dataclass(frozen=True)
+class BulkConfig:
+    """linear_int8_bulk: weight rows, tokens and columns of a tile, pipeline depth, blocks of tokens side by side."""
+
+    block_n: int = 256
+    block_t: int = 128
+    block_k: int = 128
+    num_warps: int = 8
+    stages: int = 4
+    group: int = 16
 
 
 def rounds_rows(spec: Linear) -> bool:
@@ -106,6 +119,12 @@ def int8_row_config(spec: Linear, context: KernelContext) -> Int8RowConfig:
         return Int8RowConfig(**entry)
     # Measured on an H200: all of a program's weights, or as many as the registers hold, under way before the wait.
     return Int8RowConfig() if spec.in_features <= 16384 else Int8RowConfig(block_n=4, prefetch=2)
+
+
+def bulk_config(spec: Linear, context: KernelContext) -> BulkConfig:
+    """The configuration for many int8 rows that the copy engine brings."""
+    entry = _measured(context, spec, "int8", BULK_TOKENS, BulkConfig)
+    return BulkConfig(**entry) if entry else BulkConfig()
 
 
 def tile_config(spec: Linear, dtype: str, tokens: int, context: KernelContext) -> TileConfig:
