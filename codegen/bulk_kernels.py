@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dscompile.codegen.emit import DESCRIPTOR_BYTES, KernelRequest, kernel_request
 from dscompile.codegen.linear_structure import arguments_of, bind_input_scale, numbers_of, structure_of
+from dscompile.codegen.memory import ITEM_SIZE
 from dscompile.codegen.operands import Arguments, KernelContext, Operands
 from dscompile.codegen.targets import capability
 from dscompile.codegen.tuned_table import BulkConfig, num_sms
@@ -17,12 +18,14 @@ COPIED_BYTES = 16
 def takes_bulk(spec: Linear, operands: Operands, context: KernelContext, config: BulkConfig) -> bool:
     """Whether every target has the copy engine, which reads rows of whole 16 bytes, and a tile is in one piece.
 
-    spec: without a prologue. A tile is rows of one segment, or of the two halves of the only, gated one.
+    spec: without a prologue. A tile is rows of one segment, or of the two halves of the only, gated one. A tile of
+    float32 outputs (logits) would not fit shared memory beside the blocks under way.
     """
     structure = structure_of(spec, operands, config.block_n, two_pass=False)
     whole = structure["uniform"] or (structure["gating"] == "all" and len(spec.segments) == 1)
     copied = all(o.aligned and o.stride % COPIED_BYTES == 0 for o in (operands["in.x"], operands["w.weight"]))
-    return whole and copied and all(capability(t) == HOPPER for t in context.targets)
+    short = all(ITEM_SIZE[operands[f"out.y{i}"].dtype] <= 2 for i in range(len(spec.segments)))
+    return whole and short and copied and all(capability(t) == HOPPER for t in context.targets)
 
 
 def bulk_request(

@@ -61,7 +61,7 @@ def linear_candidates(
 
 def bulk_candidates() -> list[BulkConfig]:
     """Configurations for many int8 rows that the copy engine brings."""
-    return [BulkConfig(), BulkConfig(stages=3), BulkConfig(128, 256), BulkConfig(128, 128, stages=6)]
+    return [BulkConfig(), BulkConfig(stages=3), BulkConfig(256, 128), BulkConfig(128, 128, stages=6)]
 
 
 def row_candidates(spec: Linear) -> list[RowConfig]:
