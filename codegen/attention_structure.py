@@ -66,7 +66,10 @@ def norm_numbers(spec: Attention) -> dict:
 
 def structure_of(spec: Attention, operands: Operands) -> dict:
     def fields(norm):
-        return {"kind": norm.kind, "weight": norm.weight, "bias": norm.bias} if norm else None
+        if norm is None:
+            return None
+        own = {"by_head": True} if spec.norm_by_head else {}
+        return {"kind": norm.kind, "weight": norm.weight, "bias": norm.bias} | own
 
     return {
         "norms": {"q": fields(spec.q_norm), "k": fields(spec.k_norm)},

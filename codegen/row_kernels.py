@@ -12,9 +12,9 @@ from dscompile.runtime.plan import Case, Embed, Extent, Launch, Linear, Program,
 
 def embed_program(spec: Embed, operands: Operands) -> tuple[Program, tuple[KernelRequest, ...]]:
     """One program a token gathers, adds positions, scales and normalises."""
-    width = operands["w.table"].shape[1]
+    width = operands["w.table" if spec.table else "w.positions_table"].shape[1]
     arguments = Arguments(operands)
-    arguments.bind("step.tokens", "w.table")
+    arguments.bind(*["step.tokens", "w.table"] * spec.table)
     positions = spec.position_offset is not None
     if positions:
         arguments.bind("step.positions", "w.positions_table")
@@ -35,7 +35,7 @@ def embed_program(spec: Embed, operands: Operands) -> tuple[Program, tuple[Kerne
     if norm:
         numbers["EPS"] = norm.eps
     structure = {
-        "positions": positions,
+        "positions": positions if spec.table else "alone",
         "norm": norm.kind if norm else "",
         "norm_weight": bool(norm and norm.weight),
         "norm_bias": bool(norm and norm.bias),

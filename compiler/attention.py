@@ -83,9 +83,9 @@ def attend(
 
     q [1, Hq, T, D], k [1, Hkv, T, D], v [1, Hkv, T, Dv], already rotated -> [1, T, Hq, Dv]
     """
-    if not causal and (window or chunk):
+    if not causal and chunk:
         raise UserError(
-            f"attention of {type(module).__name__} sees a window of tokens on both sides, which dscompile does not have"
+            f"attention of {type(module).__name__} sees the whole of its chunk, which dscompile does not have"
         )
     state = _tracing.get()
     layer = getattr(module, "layer_idx", None)

@@ -13,7 +13,7 @@ from dscompile.compiler.budget import NONE, BudgetMissed, Kept
 from dscompile.compiler.calibration import read_calibration
 from dscompile.compiler.checkpoint import Checkpoint
 from dscompile.compiler.config import CompileConfig, parse_config, resolve_dtype, resolve_limits
-from dscompile.compiler.encoders import first_position, is_encoder
+from dscompile.compiler.encoders import counts_from_padding, first_position, is_encoder
 from dscompile.compiler.facts import count_parameters, make_manifest, model_name, report_facts
 from dscompile.compiler.measure import measure_regions
 from dscompile.compiler.model import build_on_meta
@@ -131,7 +131,7 @@ def _compile(
 def _model_limit(source: ModelSource) -> int | None:
     """The longest sequence the model was made for; a position table may have rows that no token gets."""
     limit = source.max_seq_len()
-    if limit is None or not is_encoder(source.config):
+    if limit is None or not counts_from_padding(source.config):
         return limit
     return limit - first_position(build_on_meta(source.config))
 

@@ -27,6 +27,12 @@ def auto_class(config: PretrainedConfig) -> Any:
     return AutoModel if is_encoder(config) else AutoModelForCausalLM
 
 
+def counts_from_padding(config: PretrainedConfig) -> bool:
+    """Whether models of a configuration may begin behind the row of the padding token: encoders, and decoders made of
+    them."""
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING
+
+
 def first_position(model: nn.Module) -> int:
     """The row of the position table that a model gives its first token.
 
@@ -44,8 +50,8 @@ def check_visibility(causal: list[bool], encoder: bool) -> None:
         raise UserError("the model is an encoder, but some of its attention is causal; dscompile does not mix the two")
     if not all(causal) and not encoder:
         raise UserError(
-            "the model generates text, but some of its attention sees later tokens; set is_decoder in its config.json, "
-            "or give the encoder without its language-model head"
+            "the model generates text, but some of its attention sees later tokens; set is_decoder in its config.json "
+            "if it is not set, or give the encoder without its language-model head"
         )
 
 

@@ -14,8 +14,11 @@ PAST_WINDOW = 12
 CPU_WORK = 2e12
 
 
-def choose_prompts(plan: Plan, num_params: int, seed: int = 0) -> tuple[list[list[int]], str]:
-    """Random token ids of several lengths, and a note on what they leave out."""
+def choose_prompts(plan: Plan, num_params: int, avoid: int | None = None, seed: int = 0) -> tuple[list[list[int]], str]:
+    """Random token ids of several lengths, and a note on what they leave out.
+
+    avoid: the padding token, where transformers does not count it when it numbers a text's tokens.
+    """
     longest = max(1, plan.max_seq_len - NEW_TOKENS)
     lengths = list(dict.fromkeys(min(length, longest) for length in LENGTHS))
     note = ""
@@ -27,14 +30,11 @@ def choose_prompts(plan: Plan, num_params: int, seed: int = 0) -> tuple[list[lis
         elif window + PAST_WINDOW > max(lengths):
             lengths.append(window + PAST_WINDOW)
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(plan.vocab_size, (n,), generator=generator).tolist() for n in lengths], note
+    return [_random_tokens(plan.vocab_size, n, avoid, generator) for n in lengths], note
 
 
 def choose_texts(plan: Plan, num_params: int, avoid: int | None, seed: int = 0) -> tuple[list[list[int]], str]:
-    """Random token ids for an encoder, the longest it takes among them, and a note on what they leave out.
-
-    avoid: the padding token, which transformers does not count where it numbers a text's tokens.
-    """
+    """The same for an encoder, the longest text it takes among them."""
     lengths = {min(length, plan.max_seq_len) for length in LENGTHS}
     note = ""
     if num_params * plan.max_seq_len <= CPU_WORK or torch.cuda.is_available():
@@ -42,8 +42,12 @@ def choose_texts(plan: Plan, num_params: int, avoid: int | None, seed: int = 0) 
     else:
         note = f"no text had all {plan.max_seq_len} tokens"
     generator = torch.Generator().manual_seed(seed)
-    texts = [torch.randint(plan.vocab_size - 1, (n,), generator=generator) for n in sorted(lengths)]
-    return [(t if avoid is None else t + (t >= avoid).long()).tolist() for t in texts], note
+    return [_random_tokens(plan.vocab_size, n, avoid, generator) for n in sorted(lengths)], note
+
+
+def _random_tokens(vocab_size: int, length: int, avoid: int | None, generator: torch.Generator) -> list[int]:
+    tokens = torch.randint(vocab_size - (avoid is not None), (length,), generator=generator)
+    return (tokens if avoid is None else tokens + (tokens >= avoid).long()).tolist()
 
 
 def kv_tokens(plan: Plan, prompts: list[list[int]]) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, is_concrete_int
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig
 
@@ -29,6 +30,8 @@ from dscompile.runtime.errors import UserError
 
 # Any length will do that no other size of a model is likely to equal, should a model fix it in its graph.
 _EXAMPLE_TOKENS = 13
+# Of a list that a model's code makes a tensor of: one for each head, say.
+_MOST_NUMBERS = 256
 
 
 def trace_model(config: PretrainedConfig, max_seq_len: int) -> ModelGraph:
@@ -74,8 +77,9 @@ def _trace(
     program = _export(model.to("meta"), _Hidden if encoder else _Logits)  # type: ignore[arg-type]
     graph = _with_named_weights(program, model, values, max_seq_len)
     graph.is_encoder = encoder
-    _simplify(graph)
-    check(graph, config)
+    with _refusing_branches(model):
+        _simplify(graph)
+        check(graph, config)
     return graph
 
 
@@ -90,15 +94,32 @@ def _refuse_convolutions(model: nn.Module) -> None:
                 )
 
 
-class _ScalarsAsOperators(TorchFunctionMode):
-    """Traces torch.tensor(number) as an operator: a constant made while tracing on the meta device has no value."""
+class _NumbersAsOperators(TorchFunctionMode):
+    """Traces torch.tensor of a number, or of a short list, as operators: a constant made while tracing on the meta
+    device has no value."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        known = {name: kwargs[name] for name in ("dtype", "device") if name in kwargs}
         if func is torch.tensor and args and isinstance(args[0], bool | int | float):
-            known = {name: kwargs[name] for name in ("dtype", "device") if name in kwargs}
             return torch.full((), args[0], **known)
+        if func is torch.tensor and args and isinstance(args[0], list | tuple) and 0 < len(args[0]) <= _MOST_NUMBERS:
+            kind = next((k for k in (float, int, bool) if any(type(n) is k for n in args[0])), None)
+            if kind and all(isinstance(n, bool | int | float) for n in args[0]):
+                return torch.stack([torch.full((), kind(n), **known) for n in args[0]])
         return func(*args, **kwargs)
+
+
+@contextmanager
+def _refusing_branches(model: nn.Module) -> Iterator[None]:
+    """Refuse code that asks for a value while it is traced. torch.export would print the whole graph."""
+    try:
+        yield
+    except GuardOnDataDependentSymNode as error:
+        reason = " ".join(str(error).split())[:120]
+        raise _UnseenAttention(
+            f"{type(model).__name__} cannot be traced, its code branches on data: {reason}"
+        ) from None
 
 
 class _Logits(nn.Module):
@@ -111,11 +132,13 @@ class _Logits(nn.Module):
         flags = {"use_cache": False, "return_dict": True}
         self.options = {name: value for name, value in flags.items() if _accepts(parameters, name)}
         self.takes_positions = _accepts(parameters, "position_ids")
+        self.first = first_position(model)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         torch._check(tokens.shape[1] == positions.shape[1])
-        given = {"position_ids": positions} if self.takes_positions else {}
-        with tracing(positions), _ScalarsAsOperators():
+        rows = positions + self.first if self.first else positions
+        given = {"position_ids": rows} if self.takes_positions else {}
+        with tracing(positions), _NumbersAsOperators(), _refusing_branches(self.model):
             return self.model(input_ids=tokens, **given, **self.options).logits
 
 
@@ -136,7 +159,7 @@ class _Hidden(nn.Module):
         torch._check(tokens.shape[1] == positions.shape[1])
         types = {"token_type_ids": torch.zeros_like(tokens)} if self.has_types else {}
         rows = positions + self.first if self.first else positions
-        with tracing(positions), _ScalarsAsOperators():
+        with tracing(positions), _NumbersAsOperators(), _refusing_branches(self.model):
             return self.model(input_ids=tokens, position_ids=rows, return_dict=True, **types).last_hidden_state
 
 
@@ -149,8 +172,7 @@ def _export(model: nn.Module, function: type[nn.Module]) -> torch.export.Exporte
             program = torch.export.export(
                 function(model), (tokens, positions), dynamic_shapes=(length, length), strict=False
             )
-            # Decomposing traces again; what it removes, and the passes do not know, are operators that write in place.
-            return program.run_decompositions({}) if _writes_in_place(program) else program
+            return program.run_decompositions({}) if _has_composites(program) else program
     except UserError:
         raise
     except Exception as error:
@@ -159,9 +181,12 @@ def _export(model: nn.Module, function: type[nn.Module]) -> torch.export.Exporte
         raise _UnseenAttention(f"{type(model).__name__} cannot be traced: {type(error).__name__}: {reason}") from error
 
 
-def _writes_in_place(program: torch.export.ExportedProgram) -> bool:
+def _has_composites(program: torch.export.ExportedProgram) -> bool:
+    """Whether a graph holds what passes do not know and decomposing, which traces again, removes: operators that write
+    in place, and those that stand for several of products and transposes."""
     targets = {n.target for n in program.graph.nodes if n.op == "call_function"}
-    return any(t._schema.is_mutable for t in targets if isinstance(t, torch._ops.OpOverload))
+    overloads = [t for t in targets if isinstance(t, torch._ops.OpOverload)]
+    return any(t._schema.is_mutable or t in (_aten.einsum.default, _aten.mT.default) for t in overloads)
 
 
 def _with_named_weights(
@@ -201,7 +226,10 @@ def _constant(name: str, values: dict[str, Tensor], program: torch.export.Export
     if value is None:
         value = program.constants.get(name, program.constants.get(f"model.{name}"))
     if value is None or value.device.type == "meta":
-        raise UserError(f"the model builds a constant ({name}) from data while it runs; write an adapter for it")
+        path = f" in {name.rpartition('.')[0]}" if "." in name else ""
+        raise UserError(
+            f"the model's code{path} makes a tensor from numbers while it runs, which tracing cannot see; {_ADVICE}"
+        )
     return value
 
 

@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from dscompile.compiler.encoders import counts_from_padding
 from dscompile.compiler.facts import model_name
 from dscompile.compiler.prompts import NEW_TOKENS, choose_prompts, choose_texts, kv_tokens
 from dscompile.compiler.reference import reference_hidden, reference_logits
@@ -62,7 +63,8 @@ def verify_artifact(artifact: Path, source: ModelSource) -> Verification:
 
 def _check_decoder(artifact: Path, source: ModelSource, plan: Plan) -> tuple[tuple[Check, ...], str, torch.device]:
     manifest = read_manifest(artifact)
-    prompts, note = choose_prompts(plan, manifest.num_params)
+    avoid = getattr(source.config, "pad_token_id", None) if counts_from_padding(source.config) else None
+    prompts, note = choose_prompts(plan, manifest.num_params, avoid)
     engine = load(artifact, max_kv_tokens=kv_tokens(plan, prompts))
     device = engine.device
     measured = measure(engine, prompts)

@@ -14,6 +14,13 @@ from dscompile.passes.graph import ModelGraph, is_weight
 from dscompile.passes.recipe import Constant, Source
 
 
+class NoValue(KeyError):
+    """What is needed while compiling is a weight or an activation; the message names it."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 def evaluate(graph: ModelGraph, node: fx.Node, given: dict[fx.Node, Any]) -> Any:
     """Compute a node from the values of `given`; constants of the graph are known, other weights must be given.
 
@@ -37,6 +44,14 @@ def has_value(graph: ModelGraph, node: fx.Node) -> bool:
     """Whether tokens and positions are all that is needed to compute a node: no weight goes in."""
     weights = (n for n in _in_order(node, {}) if is_weight(n))
     return all(isinstance(graph.recipe(n), Constant) for n in weights)
+
+
+def is_number(graph: ModelGraph, node: fx.Node) -> bool:
+    """Whether a node is one element that constants of the graph decide."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.numel() != 1 or not has_value(graph, node):
+        return False
+    return all(n.op != "placeholder" or is_weight(n) for n in _in_order(node, {}))
 
 
 def describe(graph: ModelGraph, node: fx.Node, given: Iterable[fx.Node]) -> str:
@@ -90,10 +105,10 @@ def _constant(graph: ModelGraph, node: fx.Node) -> Tensor:
         if isinstance(leaf, Constant):
             return graph.constants[leaf.name]
         if leaf.name not in graph.buffers:
-            raise KeyError(f"{node.name} has no value at compile time")
+            raise NoValue(f"{leaf.name} has no value at compile time")
         graph.assumed.add(leaf.name)
         return graph.buffers[leaf.name]
 
     if not is_weight(node):
-        raise KeyError(f"{node.name} has no value at compile time")
+        raise NoValue(f"{node.name} has no value at compile time")
     return recipes.evaluate(graph.recipe(node), known)

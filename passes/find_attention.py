@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from dscompile.passes.evaluate import depends_on_tokens, describe, evaluate
+from dscompile.passes.evaluate import NoValue, depends_on_tokens, describe, evaluate
 from dscompile.passes.graph import ModelGraph
 from dscompile.passes.read_scores import Scores, UnreadableScores, read_scores
+from dscompile.passes.split_products import split_products
 
 _aten = torch.ops.aten
 _PRODUCTS = (_aten.matmul.default, _aten.bmm.default)
@@ -37,7 +38,7 @@ class _Attention:
 def find_attentions(graph: ModelGraph) -> int:
     """Replace every hand-written attention; returns how many there were. Raises UnreadableScores for one that is not
     understood."""
-    _split_sums(graph.graph)
+    split_products(graph.graph)
     reader = _Reader(graph)
     found = [a for n in graph.graph.nodes if (a := reader.read(n)) is not None]
     for layer, attention in enumerate(found):
@@ -84,24 +85,6 @@ def _inputs(graph: ModelGraph, length: int) -> dict[fx.Node, Tensor]:
     return {graph.tokens: torch.zeros(1, length, dtype=torch.long), graph.positions: torch.arange(length)[None]}
 
 
-def _split_sums(graph: fx.Graph) -> None:
-    """baddbmm(c, a, b) -> beta c + alpha a b"""
-    for node in list(graph.nodes):
-        if node.target is not _aten.baddbmm.default:
-            continue
-        addend, left, right = node.args
-        with graph.inserting_before(node):
-            product = graph.call_function(_aten.bmm.default, (left, right))
-            scaled = graph.call_function(_aten.mul.Tensor, (product, node.kwargs.get("alpha", 1)))
-            bias = graph.call_function(_aten.mul.Tensor, (addend, node.kwargs.get("beta", 1)))
-            total = graph.call_function(_aten.add.Tensor, (scaled, bias))
-        for new in (product, scaled, total):
-            new.meta = dict(node.meta)
-        bias.meta = dict(addend.meta)
-        node.replace_all_uses_with(total)
-        graph.erase_node(node)
-
-
 class _Reader:
     """Reads the attentions of one graph; layers that compute their scores alike are evaluated once."""
 
@@ -131,8 +114,8 @@ class _Reader:
         names = ("q", "k", "v", "attn_mask", "dropout_p", "is_causal")
         given = dict(zip(names, node.args, strict=False)) | node.kwargs
         q, k, v, mask = given["q"], given["k"], given["v"], given.get("attn_mask")
-        if len(q.meta["val"].shape) != 4:
-            raise UnreadableScores("its queries are not [1, heads, tokens, columns]")
+        if q.meta["val"].ndim not in (3, 4):
+            raise UnreadableScores("its queries are neither [1, heads, tokens, columns] nor [heads, tokens, columns]")
         if mask is not None and self._is_activation(mask):
             raise UnreadableScores("its mask depends on the tokens")
         scale = given.get("scale")
@@ -149,7 +132,7 @@ class _Reader:
             value = value.reshape(value.shape[-3:]) if value.ndim > 3 else value
             return total.masked_fill(~value, -math.inf) if value.dtype == torch.bool else total + value
 
-        num_heads = int(q.meta["val"].shape[1])
+        num_heads = int(q.meta["val"].shape[-3])
         read = self._scores(
             (scale, bool(given.get("is_causal")), mask), scores, lambda p: scores(p).softmax(-1), num_heads
         )
@@ -169,7 +152,7 @@ class _Reader:
         given = [*_inputs(self.graph, 1), *(n for n in first if isinstance(n, fx.Node))]
         try:
             words = describe(self.graph, last, given) if isinstance(last, fx.Node) else ""
-        except KeyError as error:
+        except NoValue as error:
             raise UnreadableScores(f"its scores have a bias that is learned: {error.args[0]}") from None
         known = (words, num_heads, *(n for n in first if not isinstance(n, fx.Node)))
         if known not in self._known:

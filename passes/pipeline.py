@@ -27,6 +27,7 @@ from dscompile.passes.normalize.layers import assign_layers
 from dscompile.passes.normalize.linears import canonical_linears, split_packed_linears
 from dscompile.passes.normalize.norms import canonical_norms
 from dscompile.passes.reassociate.fold_norm import fold_norm
+from dscompile.passes.reassociate.move_factor import move_factor
 from dscompile.passes.runner import Pass, Phase
 
 PIPELINE = (
@@ -51,7 +52,7 @@ PIPELINE = (
             canonical_arithmetic,
         ),
     ),
-    Phase("reassociate", (fold_norm,)),
+    Phase("reassociate", (move_factor, fold_norm)),
     Phase(
         "fuse",
         (

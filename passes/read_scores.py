@@ -67,7 +67,7 @@ def visible(length: int, causal: bool, window: int, chunk: int) -> Tensor:
     i, j = torch.arange(length)[:, None], torch.arange(length)[None]
     seen = j <= i if causal else torch.ones(length, length, dtype=torch.bool)
     if window:
-        seen &= j > i - window
+        seen &= (j > i - window) & (j < i + window)
     return seen & (j // chunk == i // chunk) if chunk else seen
 
 
@@ -76,7 +76,7 @@ def _rule(seen: Tensor) -> tuple[bool, int, int]:
     if bool((seen != seen[:1]).any()):
         raise UnreadableScores("its heads see different keys")
     length, most = seen.shape[-1], int(seen[0].sum(-1).max())
-    for rule in ((True, 0, 0), (False, 0, 0), (True, most, 0), (True, 0, most)):
+    for rule in ((True, 0, 0), (False, 0, 0), (True, most, 0), (True, 0, most), (False, (most + 1) // 2, 0)):
         if torch.equal(seen[0], visible(length, *rule)):
             return rule
     raise UnreadableScores("its mask is neither causal nor a sliding window nor chunks")

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dscompile.passes.evaluate import NoValue
 from dscompile.passes.graph import ModelGraph
 from dscompile.passes.rule import Log
 from dscompile.passes.show import show
+from dscompile.runtime.errors import UserError
 
 Pass = Callable[[ModelGraph, Log], None]
 
@@ -52,7 +54,10 @@ def run_pipeline(
             progress(one.__name__)
             record = PassRecord(phase.name, one.__name__, len(graph.graph.nodes), 0, 0.0)
             start = time.perf_counter()
-            one(graph, record.log)
+            try:
+                one(graph, record.log)
+            except NoValue as reason:
+                raise UserError(f"{one.__name__}: {reason}; report the architecture") from reason
             graph.drop_dead()
             record.milliseconds = (time.perf_counter() - start) * 1e3
             record.nodes_after = len(graph.graph.nodes)

@@ -51,7 +51,7 @@ def traced_attention(
     if causal:
         visible &= j <= i
     if window:
-        visible &= j > i - window
+        visible &= (j > i - window) & (j < i + window)
     if chunk:
         visible &= j // chunk == i // chunk
     scores = scores.masked_fill(~visible, float("-inf"))
@@ -222,6 +222,8 @@ def _head_norm(x: Tensor, weights: dict[str, Tensor], role: str, spec: Attention
     weight, bias = weights.get(f"{role}_weight"), weights.get(f"{role}_bias")
     if spec.norm_across_heads:
         return norm(x.flatten(-2), weight, bias, rule).view(x.shape)
+    by_head = spec.norm_by_head
+    weight, bias = (w.view(x.shape[-2:]) if by_head and w is not None else w for w in (weight, bias))
     return norm(x, weight, bias, rule)
 
 

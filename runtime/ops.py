@@ -62,7 +62,7 @@ def execute(
     spec: Spec, inputs: Tensors, weights: Tensors, step: StepInputs, pool: KVPool | None = None, dtype=None
 ) -> Tensors:
     """Run one step once: outputs by role, freshly allocated, poisoned before and of `dtype` (default: the inputs')."""
-    dtype = dtype or next((x.dtype for x in inputs.values()), None) or weights["table"].dtype
+    dtype = dtype or next(x.dtype for x in (*inputs.values(), *weights.values()))
     rows = len(step.logit_rows) if isinstance(spec, Linear) and spec.rows == "R" else len(step.tokens)
     outputs = {
         role: torch.full((rows, width), torch.nan, dtype=dtype, device=step.tokens.device)
@@ -81,20 +81,21 @@ def output_widths(spec: Spec, inputs: Tensors, weights: Tensors) -> dict[str, in
         case Attention():
             return {"y": spec.num_heads * spec.v_head_dim}
         case Embed():
-            return {"y": weights["table"].shape[1]}
+            return {"y": weights["table" if spec.table else "positions_table"].shape[1]}
         case RowNorm() | Moe():
             return {"y": inputs["x"].shape[1]}
     raise TypeError(f"no output widths for {type(spec).__name__}")
 
 
 def _bind_embed(spec: Embed, outputs: Tensors, weights: Tensors) -> Run:
-    table, y = weights["table"], outputs["y"]
+    table = weights["table"] if spec.table else None
     positions = None if spec.position_offset is None else weights["positions_table"]
     offset = spec.position_offset or 0
-    dtype = compute_dtype(table)
+    y = outputs["y"]
+    dtype = compute_dtype(y)
     norm = bind_norm(spec.norm, weights, "norm", dtype)
 
-    if positions is None and spec.scale == 1 and spec.norm is None and table.dtype == y.dtype and y.is_contiguous():
+    if spec == Embed() and table is not None and table.dtype == y.dtype and y.is_contiguous():
 
         def look_up(step: StepInputs) -> None:
             torch.index_select(table, 0, step.tokens, out=y)
@@ -102,9 +103,9 @@ def _bind_embed(spec: Embed, outputs: Tensors, weights: Tensors) -> Run:
         return look_up
 
     def run(step: StepInputs) -> None:
-        x = table.index_select(0, step.tokens).to(dtype)
-        if positions is not None:
-            x = x.add_(positions.index_select(0, step.positions + offset))
+        found = [table.index_select(0, step.tokens)] if table is not None else []
+        found += [positions.index_select(0, step.positions + offset)] if positions is not None else []
+        x = sum(found[1:], found[0].to(dtype))
         if spec.scale != 1:
             x = x.mul_(spec.scale)
         y.copy_(norm(x))

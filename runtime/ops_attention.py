@@ -6,6 +6,7 @@ A step in which every sequence has one token is one batched product; otherwise s
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -60,7 +61,7 @@ def _bind_whole(prepare: Prepare, v: torch.Tensor, attend: _Attend, y: torch.Ten
 
     def run(step: StepInputs) -> None:
         q, k = prepare(step)
-        for keys in whole_sequences(step):
+        for keys in whole_sequences(step, attend.spec):
             rows = keys.queries
             attend.prefill(q[rows], k[rows].transpose(0, 1), v[rows].to(q.dtype).transpose(0, 1), keys, y[rows])
 
@@ -84,13 +85,32 @@ def _bind_prepare(spec: Attention, inputs: Tensors, weights: Tensors, dtype: tor
             return rotated[:, :split], rotated[:, split:]
 
         return run_joined
-    q_norm, k_norm = bind_norm(spec.q_norm, weights, "q_norm", dtype), bind_norm(spec.k_norm, weights, "k_norm", dtype)
+    q_norm, k_norm = (_bind_head_norm(spec, weights, role, dtype) for role in ("q_norm", "k_norm"))
     if not spec.norm_across_heads:
         q, k = q.view(heads), k.view(kv_heads)
 
     def run(step: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
         rotated_q = rotate(q_norm(q.to(dtype)).view(heads), step)
         return rotated_q, rotate(k_norm(k.to(dtype)).view(kv_heads), step)
+
+    return run
+
+
+def _bind_head_norm(spec: Attention, weights: Tensors, role: str, dtype: torch.dtype):
+    """The norm of q or k: of whole rows, or of heads [T, n, D] whose weights are shared or their own."""
+    norm = getattr(spec, role)
+    if norm is None or not spec.norm_by_head:
+        return bind_norm(norm, weights, role, dtype)
+    bare = bind_norm(dataclasses.replace(norm, weight=False, bias=False), {}, role, dtype)
+    weight, bias = (
+        weights[f"{role}_{part}"].to(dtype).view(-1, spec.head_dim) if getattr(norm, part) else None
+        for part in ("weight", "bias")
+    )
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y = bare(x)
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias
 
     return run
 

@@ -167,18 +167,19 @@ def key_ranges(step: StepInputs, spec: Attention, pool: KVPool) -> list[Keys]:
     return found
 
 
-def whole_sequences(step: StepInputs) -> list[Keys]:
-    """The sequences of a step one by one, each all there and all visible; their keys lie in no cache."""
-    key = "whole sequences"
+def whole_sequences(step: StepInputs, spec: Attention) -> list[Keys]:
+    """The sequences of a step one by one, each all there; their keys lie in no cache."""
+    key = ("whole sequences", spec.window)
     if key not in step.cache:
-        step.cache[key] = [_whole(first, stop) for first, stop in pairwise(step.starts)]
+        step.cache[key] = [_whole(spec, first, stop) for first, stop in pairwise(step.starts)]
     return step.cache[key]
 
 
-def _whole(first: int, stop: int) -> Keys:
-    positions, nowhere = torch.arange(stop - first), torch.empty(0, dtype=torch.int64)
-    keys, queries = positions[None, None], positions[None, :, None]
-    return Keys(slice(first, stop), 1, nowhere, 0, nowhere, stop - first, keys, queries, None, True)
+def _whole(spec: Attention, first: int, stop: int) -> Keys:
+    length, nowhere = stop - first, torch.empty(0, dtype=torch.int64)
+    keys, queries = torch.arange(length)[None, None], torch.arange(length)[None, :, None]
+    hidden = _hidden(spec, keys, queries, torch.tensor([length])) if 0 < spec.window < length else None
+    return Keys(slice(first, stop), 1, nowhere, 0, nowhere, length, keys, queries, hidden, hidden is None)
 
 
 def _make_keys(step: StepInputs, spec: Attention, pool: KVPool, first: int, last: int) -> Keys:
@@ -230,6 +231,7 @@ def _hidden(spec: Attention, j: torch.Tensor, i: torch.Tensor, context_lens: tor
     hidden = j > i if spec.causal else j >= context_lens.view(-1, 1, 1)
     if spec.window:
         hidden = hidden | (j <= i - spec.window)
+        hidden = hidden if spec.causal else hidden | (j >= i + spec.window)
     if spec.chunk:
         hidden = hidden | (j // spec.chunk != i // spec.chunk)
     return hidden

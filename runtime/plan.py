@@ -38,14 +38,16 @@ class Norm:
 class Embed:
     """y[T, D] = norm((table[token] + positions_table[position + offset]) * scale)
 
+    table: False for a look-up of positions alone, which is added later
     in:      nothing (tokens and positions belong to the step)
-    weights: table [V, D]; positions_table [P, D] if position_offset is not None; norm_weight, norm_bias [D]
+    weights: table [V, D] if `table`; positions_table [P, D] if position_offset is not None; norm_weight, norm_bias [D]
     out:     y
     """
 
     scale: float = 1.0
     position_offset: int | None = None
     norm: Norm | None = None
+    table: bool = True
 
 
 @dataclass(frozen=True)
@@ -118,13 +120,14 @@ class Attention:
     """Rotate q and k, append k and v to the paged cache, attend.
 
     q [T, num_heads * head_dim], k [T, num_kv_heads * head_dim], v [T, num_kv_heads * v_head_dim], head-major.
-    Optional q_norm and k_norm come first: per head over head_dim, or over the whole row if `norm_across_heads`.
+    Optional q_norm and k_norm come first: per head over head_dim, or over the whole row if `norm_across_heads`. Heads
+    share the weights of their norm [head_dim] unless `norm_by_head`; by head and across heads they have their own.
     Rotary embedding acts on the first `rotary_dim` columns of each head, in the half-split layout
     (y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin, halves of the rotated part; Su et al. 2021); models that interleave
     have had their q and k rows permuted by the compiler.
     score(i, j) = softcap(scale * q_i . k_j) + alibi_slope[head] * (j - i), j and i positions in the sequence.
-    Key j is visible to query i if (not causal or j <= i) and (window == 0 or j > i - window)
-    and (chunk == 0 or j // chunk == i // chunk).
+    Key j is visible to query i if (not causal or j <= i) and (window == 0 or j > i - window and (causal or
+    j < i + window)) and (chunk == 0 or j // chunk == i // chunk).
     sinks: a logit per head that joins the softmax's denominator and has no value.
 
     in:      q, k, v
@@ -150,6 +153,7 @@ class Attention:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     norm_across_heads: bool = False
+    norm_by_head: bool = False
     alibi: bool = False
     sinks: bool = False
 

@@ -137,8 +137,10 @@ def _signature(plan: Plan, spec: Spec, step: Step) -> tuple[dict, dict, dict]:
             return _moe(spec)
         case Embed():
             y = step.outputs["y"].stop - step.outputs["y"].start if "y" in step.outputs else 0
-            weights: dict = {"table": (plan.vocab_size, y), **_norm(spec.norm, "norm", y)}
-            return {}, {"y": y}, weights | ({"positions_table": None} if spec.position_offset is not None else {})
+            _need(spec.table or spec.position_offset is not None, "looks nothing up")
+            weights: dict = {"table": (plan.vocab_size, y)} if spec.table else {}
+            weights |= {"positions_table": None} if spec.position_offset is not None else {}
+            return {}, {"y": y}, weights | _norm(spec.norm, "norm", y)
         case RowNorm():
             width = step.outputs["y"].stop - step.outputs["y"].start if "y" in step.outputs else 0
             inputs = {"x": width} | ({"add": width} if spec.add else {})
@@ -184,9 +186,9 @@ def _attention(plan: Plan, spec: Attention) -> tuple[dict, dict, dict]:
     _need(spec.num_heads % spec.num_kv_heads == 0, "has heads that no KV head serves")
     _need(spec.rotary_dim % 2 == 0 and spec.rotary_dim <= spec.head_dim, "has a bad rotary_dim")
     q, k = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    across = spec.norm_across_heads
-    weights = _norm(spec.q_norm, "q_norm", q if across else spec.head_dim)
-    weights |= _norm(spec.k_norm, "k_norm", k if across else spec.head_dim)
+    own = spec.norm_across_heads or spec.norm_by_head
+    weights = _norm(spec.q_norm, "q_norm", q if own else spec.head_dim)
+    weights |= _norm(spec.k_norm, "k_norm", k if own else spec.head_dim)
     if spec.rotary_dim:
         weights |= dict.fromkeys(("rope_cos", "rope_sin"), (plan.max_seq_len, spec.rotary_dim // 2))
     weights |= {"alibi_slopes": (spec.num_heads,)} if spec.alibi else {}

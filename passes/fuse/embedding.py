@@ -19,6 +19,13 @@ def _anchor(graph: ModelGraph, node: fx.Node) -> None:
     replace_with_region(graph, node, fused_embed, args, [node], ANCHOR.name)
 
 
+def _anchor_positions(graph: ModelGraph, node: fx.Node) -> None:
+    _, table, offset = node.args
+    spec = Embed(table=False, position_offset=offset)
+    args = (graph.tokens, graph.positions, {"positions_table": table}, spec)
+    replace_with_region(graph, node, fused_embed, args, [node], POSITIONS.name)
+
+
 def _pattern(graph: ModelGraph, node: fx.Node) -> fx.Node | None:
     if node.target not in (vocabulary.add, vocabulary.scale, vocabulary.norm):
         return None
@@ -69,11 +76,17 @@ def _rewrite(graph: ModelGraph, node: fx.Node) -> None:
 
 
 ANCHOR = Rule("table[token]", lambda graph, node: node if node.target is vocabulary.embedding else None, _anchor)
+POSITIONS = Rule(
+    "positions[position]",
+    lambda graph, node: node if node.target is vocabulary.position_embedding else None,
+    _anchor_positions,
+)
 RULE = Rule("norm((table[token] + positions) * scale)", _pattern, _rewrite, _check)
 
 
 def fuse_embedding(graph: ModelGraph, log: Log) -> None:
-    """Fuse the embedding with what follows it."""
+    """Fuse the embedding with what follows it; positions that are added later are looked up where they are."""
     apply_rule(ANCHOR, graph, log)
     while apply_rule(RULE, graph, log):
         continue
+    apply_rule(POSITIONS, graph, log)

@@ -53,10 +53,10 @@ def fused_linear(
 
 def fused_embed(tokens: Tensor, positions: Tensor, weights: dict[str, Tensor], spec: Embed) -> Tensor:
     """See `plan.Embed`."""
-    y = vocabulary.embedding(tokens, weights["table"])
+    found = [vocabulary.embedding(tokens, weights["table"])] if spec.table else []
     if spec.position_offset is not None:
-        y = y + vocabulary.position_embedding(positions, weights["positions_table"], spec.position_offset)
-    y = y * spec.scale
+        found.append(vocabulary.position_embedding(positions, weights["positions_table"], spec.position_offset))
+    y = sum(found[1:], found[0]) * spec.scale
     if spec.norm is not None:
         y = vocabulary.norm(y, weights.get("norm_weight"), weights.get("norm_bias"), spec.norm)
     return y

@@ -25,7 +25,6 @@ from dscompile.runtime.errors import UserError
 from dscompile.runtime.plan import (
     Aten,
     Attention,
-    Embed,
     KVGroup,
     Linear,
     Plan,
@@ -138,7 +137,7 @@ class _Lowering:
         if self.hidden is None:
             logits = self.steps[-1].inputs["logits"]
             return logits.stop - logits.start
-        table = next(s.weights["table"] for s in self.steps if isinstance(s.spec, Embed))
+        table = next(s.weights["table"] for s in self.steps if "table" in s.weights)
         return self.weights.weights[table].shape[0]
 
     def visit(self, node: fx.Node) -> None:

@@ -8,7 +8,7 @@ from torch import fx
 from dscompile.passes import vocabulary
 from dscompile.passes.graph import ModelGraph
 from dscompile.passes.normalize.operands import Operand, Unreadable
-from dscompile.passes.recipe import Concat, Constant, Gather, Zeros, shape_of
+from dscompile.passes.recipe import Concat, Constant, Gather, Scale, Zeros, shape_of
 
 
 def select_rows(graph: ModelGraph, attention: fx.Node, linear: fx.Node, index: torch.Tensor, name: str) -> fx.Node:
@@ -31,6 +31,20 @@ def select(graph: ModelGraph, weight: fx.Node | None, rows: torch.Tensor, name: 
     return graph.add_weight(f"{weight.meta['weight']}@{name}", Gather(graph.recipe(weight), tuple(rows.tolist())))
 
 
+def scaled(graph: ModelGraph, attention: fx.Node, linear: fx.Node, by: float) -> fx.Node:
+    """A linear times a number."""
+    x, *weights = linear.args
+    if linear.target is not vocabulary.linear:
+        raise Unreadable(f"{described(linear)} is scaled, and no linear")
+    products = (graph.add_weight(f"{w.meta['weight']}*{by:.6g}", Scale(graph.recipe(w), by)) for w in weights)
+    return _linear(graph, attention, (x, *products), linear)
+
+
+def described(node: fx.Node) -> str:
+    """A node and its operator, for a refusal."""
+    return f"{node.name} ({getattr(node.target, '__name__', node.target)})"
+
+
 def assemble(graph: ModelGraph, attention: fx.Node, operand: Operand, name: str) -> fx.Node:
     """The sum of one linear for each source: its columns in their places, zero in all others.
 
@@ -41,7 +55,7 @@ def assemble(graph: ModelGraph, attention: fx.Node, operand: Operand, name: str)
     terms, start = [], 0
     for number, source in enumerate(operand.sources):
         if source.target is not vocabulary.linear:
-            raise Unreadable(f"{source.name} ({source.target}) is one of several activations, and no linear")
+            raise Unreadable(f"{described(source)} is one of several activations, and no linear")
         stop = start + source.meta["val"].shape[-1]
         mine = (index >= start) & (index < stop)
         columns = torch.where(mine, index - start, -1)

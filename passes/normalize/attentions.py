@@ -10,8 +10,10 @@ from torch import fx
 from dscompile.passes import vocabulary
 from dscompile.passes.evaluate import evaluate
 from dscompile.passes.graph import ModelGraph
-from dscompile.passes.normalize.assemble import assemble, constant, select, select_rows
+from dscompile.passes.normalize.assemble import assemble, constant, described, scaled, select, select_rows
+from dscompile.passes.normalize.elementwise import ELEMENTWISE
 from dscompile.passes.normalize.operands import LAYOUT, Operand, OperandReader, Rotation, Unreadable
+from dscompile.passes.recipe import Concat, Reshape
 from dscompile.passes.rule import Log
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.plan import Attention, Norm
@@ -26,6 +28,7 @@ class Projection:
     norm_weight: fx.Node | None
     norm_bias: fx.Node | None
     across_heads: bool
+    by_head: bool = False
 
 
 def canonical_attentions(graph: ModelGraph, log: Log) -> None:
@@ -46,11 +49,19 @@ def _replace(graph: ModelGraph, reader: OperandReader, node: fx.Node, layer: int
     names = ("q", "k", "v", "positions", "layer", "scale", "causal", "window", "chunk", "softcap", "sinks", "alibi")
     defaults = {"causal": True, "window": 0, "chunk": 0, "softcap": 0.0, "sinks": None, "alibi": None}
     given = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
-    operands = _share_heads(*(reader.read(given[name]) for name in ("q", "k", "v")))
-    q, k, v = (_projection(graph, reader, node, o, f"{layer}.{name}") for o, name in zip(operands, "qkv", strict=True))
+    found = {name: _before_norm(reader, reader.read(given[name])) for name in ("q", "k", "v")}
+    operands = _share_heads(*(operand for operand, _ in found.values()))
+    q, k, v = (
+        _projection(graph, reader, node, o, after, f"{layer}.{name}")
+        for o, (name, (_, after)) in zip(operands, found.items(), strict=True)
+    )
     rotation = _common_rotation(operands)
-    if v.norm is not None or operands[2].scale != 1.0 or q.across_heads != k.across_heads:
-        raise Unreadable("values are normalised or scaled, or q and k are normalised differently")
+    if v.norm is not None:
+        raise Unreadable("values are normalised")
+    if q.across_heads != k.across_heads or q.by_head != k.by_head:
+        raise Unreadable("q and k are normalised differently")
+    if operands[2].scale != 1.0:
+        v.linear = scaled(graph, node, v.linear, operands[2].scale)
     weights = _weights(graph, rotation, given["alibi"], given["sinks"], q, k)
     num_heads, head_dim = len(operands[0].index), len(operands[0].index[0])
     spec = Attention(
@@ -69,6 +80,7 @@ def _replace(graph: ModelGraph, reader: OperandReader, node: fx.Node, layer: int
         q_norm=q.norm,
         k_norm=k.norm,
         norm_across_heads=q.across_heads,
+        norm_by_head=q.by_head,
         alibi=given["alibi"] is not None,
         sinks=given["sinks"] is not None,
     )
@@ -78,6 +90,29 @@ def _replace(graph: ModelGraph, reader: OperandReader, node: fx.Node, layer: int
         new = graph.graph.call_function(vocabulary.attention, args)
     new.meta = {**node.meta, "val": result.meta["val"]}
     result.replace_all_uses_with(new)
+
+
+def _before_norm(reader: OperandReader, operand: Operand) -> tuple[Operand, Norm | None]:
+    """What a norm without weights reads that comes after the rotation, and the norm: a rotation keeps the norm of a
+    head, so the two may change places."""
+    source = operand.sources[0]
+    if len(operand.sources) > 1 or operand.rotation or source.target is not vocabulary.norm:
+        return operand, None
+    x, weight, bias, norm = source.args
+    shape = source.meta["val"].shape
+    if weight is not None or bias is not None or norm.kind != "rms" or len(shape) != 4 or isinstance(shape[2], int):
+        return operand, None
+    try:
+        before = reader.read(x)
+    except Unreadable:
+        return operand, None
+    order = torch.tensor(operand.index).flatten()
+    if before.rotation is None or operand.scale != 1.0 or before.scale != 1.0:
+        return operand, None
+    if not torch.equal(order, torch.arange(len(order))) or len(order) != torch.tensor(before.index).numel():
+        return operand, None
+    turn = before.rotation.cos.double() ** 2 + before.rotation.sin.double() ** 2
+    return (before, norm) if torch.allclose(turn, torch.ones_like(turn), rtol=1e-6) else (operand, None)
 
 
 def _share_heads(q: Operand, k: Operand, v: Operand) -> list[Operand]:
@@ -91,31 +126,82 @@ def _share_heads(q: Operand, k: Operand, v: Operand) -> list[Operand]:
 
 
 def _projection(
-    graph: ModelGraph, reader: OperandReader, attention: fx.Node, operand: Operand, name: str
+    graph: ModelGraph, reader: OperandReader, attention: fx.Node, operand: Operand, after: Norm | None, name: str
 ) -> Projection:
-    """Make the linear behind an operand produce its columns in canonical order."""
+    """Make the linear behind an operand produce its columns in canonical order. after: a norm that follows."""
     source, index = operand.sources[0], torch.tensor(operand.index)
+    if source.target is vocabulary.norm:
+        return _normed(graph, reader, attention, operand, name)
     if len(operand.sources) > 1:
-        return Projection(assemble(graph, attention, operand, name), None, None, None, False)
+        linear = assemble(graph, attention, operand, name)
+    else:
+        linear = _columns(graph, attention, source, index, name)
+    return Projection(linear, after, None, None, False)
+
+
+def _columns(graph: ModelGraph, attention: fx.Node, source: fx.Node, index: torch.Tensor, name: str) -> fx.Node:
+    """Columns of a linear, or of an elementwise function of one, in a new order."""
     if source.target is vocabulary.linear:
-        return Projection(select_rows(graph, attention, source, index, name), None, None, None, False)
-    if source.target is not vocabulary.norm:
-        raise Unreadable(f"{source.name} ({source.target}) is neither a linear nor a norm of one")
-    x, weight, bias, spec = source.args
-    width = source.meta["val"].shape[-1]
-    across = width == index.numel() and index.shape[0] > 1
+        return select_rows(graph, attention, source, index, name)
+    inner = source.args[0] if source.args else None
+    if source.target not in ELEMENTWISE or source.all_input_nodes != [inner] or inner.target is not vocabulary.linear:
+        raise Unreadable(f"{described(source)} is neither a linear nor a norm of one")
+    linear = select_rows(graph, attention, inner, index, name)
+    with graph.graph.inserting_before(attention):
+        new = graph.graph.call_function(source.target, (linear, *source.args[1:]), dict(source.kwargs))
+    new.meta = {**source.meta, "val": linear.meta["val"]}
+    return new
+
+
+def _normed(graph: ModelGraph, reader: OperandReader, attention: fx.Node, operand: Operand, name: str) -> Projection:
+    """The linear and the norm behind heads that share the norm's weights, have their own, or are one row to it."""
+    index, spec = torch.tensor(operand.index), operand.sources[0].args[3]
+    width = operand.sources[0].meta["val"].shape[-1]
+    if any(s.target is not vocabulary.norm or s.args[3] != spec for s in operand.sources):
+        raise Unreadable("heads are normalised differently")
+    weights = [_concatenated(graph, [s.args[part] for s in operand.sources], f"{name}_norm") for part in (1, 2)]
+    by_head = len(operand.sources) > 1 or any(w is not None and w.meta["val"].ndim > 1 for w in weights)
+    across = not by_head and width == index.numel() and index.shape[0] > 1
     column = index.flatten()[None] % width if across else index % width
     if bool((column != column[:1]).any()):
         raise Unreadable("heads take their columns in different orders after the norm")
-    weight, bias = (select(graph, w, column[0], f"{name}_norm") for w in (weight, bias))
+    if by_head and not torch.equal(index // width, index[:, :1] // width + 0 * index):
+        raise Unreadable("heads mix columns of different heads after the norm")
+    if by_head:
+        weights = [_flat(graph, w) for w in weights]
+    weight, bias = (select(graph, w, index.flatten() if by_head else column[0], f"{name}_norm") for w in weights)
+    sources = [_linear_behind(reader, source) for source in operand.sources]
+    if any(linear is not sources[0][0] for linear, _ in sources):
+        raise Unreadable("heads come from different linears")
+    rows = torch.cat([before for _, before in sources])[index]
+    linear = select_rows(graph, attention, sources[0][0], rows, name)
+    return Projection(linear, spec, weight, bias, across, by_head)
+
+
+def _linear_behind(reader: OperandReader, norm: fx.Node) -> tuple[fx.Node, torch.Tensor]:
+    """The linear that a norm reads, and its column for each of the norm's elements."""
+    x = norm.args[0]
     if x.target is vocabulary.linear:
-        linear, before = x, torch.arange(width)
-    else:
-        linear, before = reader.elements(x)
+        return x, torch.arange(x.meta["val"].shape[-1])
+    linear, before = reader.elements(x)
     if linear.target is not vocabulary.linear:
-        raise Unreadable(f"{linear.name} ({linear.target}) is not a linear")
-    rows = before.flatten()[index]
-    return Projection(select_rows(graph, attention, linear, rows, name), spec, weight, bias, across)
+        raise Unreadable(f"{described(linear)} is not a linear")
+    return linear, before.flatten()
+
+
+def _concatenated(graph: ModelGraph, weights: list[fx.Node | None], name: str) -> fx.Node | None:
+    """The weights of several norms one after another."""
+    if len(weights) == 1 or any(w is None for w in weights):
+        return weights[0]
+    parts = tuple(graph.recipe(w) for w in weights if w is not None)
+    return graph.add_weight(f"{weights[0].meta['weight']}@{name}:heads", Concat(parts))
+
+
+def _flat(graph: ModelGraph, weight: fx.Node | None) -> fx.Node | None:
+    if weight is None or weight.meta["val"].ndim == 1:
+        return weight
+    recipe = Reshape(graph.recipe(weight), (weight.meta["val"].numel(),))
+    return graph.add_weight(f"{weight.meta['weight']}:flat", recipe)
 
 
 def _common_rotation(operands: list[Operand]) -> Rotation | None:

@@ -7,6 +7,7 @@ import operator
 import torch
 from torch import fx
 
+from dscompile.passes.evaluate import evaluate, is_number
 from dscompile.passes.graph import ModelGraph, is_weight
 from dscompile.passes.recipe import Add, Constant, Recipe, Reshape, Scale, Transpose
 from dscompile.passes.rule import Log
@@ -26,6 +27,7 @@ RESHAPES = {
     aten.view.default,
     aten.reshape.default,
     aten._unsafe_view.default,
+    aten.squeeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
     aten.unsqueeze.default,
@@ -121,16 +123,12 @@ def _hashable(value: object) -> object:
 
 
 def inline_scalars(graph: ModelGraph, log: Log) -> None:
-    """Replace constants of one element by their numbers (an embedding's multiplier kept as a buffer)."""
+    """Replace constants of one element by their numbers (an embedding's multiplier kept as a buffer, cast or not)."""
     for node in list(graph.graph.nodes):
-        recipe = graph.recipes.get(node.meta.get("weight", "")) if node.op == "placeholder" else None
-        if not isinstance(recipe, Constant) or graph.constants[recipe.name].numel() != 1:
-            continue
-        number = graph.constants[recipe.name].item()
-        for user in list(node.users):
-            if user.target in SCALAR_OPERANDS and user.args[1] is node:
-                user.args = (user.args[0], number)
-                log.matched("constant -> number")
+        by = node.args[1] if node.target in SCALAR_OPERANDS else None
+        if isinstance(by, fx.Node) and is_number(graph, by):
+            node.args = (node.args[0], evaluate(graph, by, {}).item())
+            log.matched("constant -> number")
     graph.drop_dead()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from dscompile.passes import vocabulary
-from dscompile.passes.evaluate import evaluate
+from dscompile.passes.evaluate import NoValue, evaluate
 from dscompile.passes.graph import ModelGraph, is_weight
 from dscompile.passes.recipe import Add, Slice
 from dscompile.passes.rule import Log, Rule, apply_rule
@@ -25,7 +25,7 @@ def _pattern(graph: ModelGraph, node: fx.Node) -> tuple[fx.Node, int] | None:
     probes = [(torch.arange(7)[None], torch.arange(7)[None]), (torch.ones(1, 7).long(), torch.arange(9, 16)[None])]
     try:
         found = [evaluate(graph, node.args[1], {graph.tokens: t, graph.positions: p}) for t, p in probes]
-    except KeyError:
+    except NoValue:
         return None
     rows = torch.cat([f.flatten() for f in found])
     return (node, int(rows[0])) if bool((rows == rows[0]).all()) else None

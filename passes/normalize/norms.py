@@ -83,12 +83,14 @@ def _is_centred(x: fx.Node) -> bool:
 
 
 def _only_user(node: fx.Node, target: object) -> tuple[fx.Node, fx.Node] | None:
-    """(user, vector) where the node's only user combines it with a weight vector over the last dimension."""
+    """(user, weight) where the node's only user combines it with a weight: a vector over the last dimension, or, of
+    heads [1, T, H, D], a vector for each."""
     users = list(node.users)
     if len(users) != 1 or users[0].target is not target:
         return None
     other = [a for a in users[0].args[:2] if a is not node]
-    if len(other) == 1 and is_weight(other[0]) and other[0].meta["val"].shape == node.meta["val"].shape[-1:]:
+    shapes = [node.meta["val"].shape[-1:]] + [node.meta["val"].shape[-2:]] * (node.meta["val"].ndim == 4)
+    if len(other) == 1 and is_weight(other[0]) and other[0].meta["val"].shape in shapes:
         return users[0], other[0]
     return None
 

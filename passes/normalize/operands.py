@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from dscompile.passes.evaluate import depends_on, depends_on_tokens, evaluate
+from dscompile.passes.evaluate import NoValue, depends_on, depends_on_tokens, evaluate
 from dscompile.passes.graph import ModelGraph
 
 aten = torch.ops.aten
@@ -97,6 +97,7 @@ class OperandReader:
         self._activations: dict[fx.Node, bool] = {}
         self._positional: dict[fx.Node, bool] = {}
         self._tables: dict[object, Rotation] = {}
+        self._changes: dict[fx.Node, int | None] = {}
 
     def read(self, node: fx.Node) -> Operand:
         """Read an operand of shape [1, H, T, D]; raises Unreadable."""
@@ -133,7 +134,7 @@ class OperandReader:
         return sources[0], index
 
     def _boundary(self, node: fx.Node) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
-        """The activations the sub-graph starts from, and the position-dependent tensors it uses."""
+        """The activations the sub-graph starts from, and the tensors it uses that change with the position."""
         sources: list[fx.Node] = []
         frontier: list[fx.Node] = []
         stack, seen = [node], {node}
@@ -149,7 +150,7 @@ class OperandReader:
                 if depends_on_tokens(self.graph, self._activations, i):
                     stack.append(i)
                 elif isinstance(i.meta.get("val"), Tensor) and depends_on(i, {self.graph.positions}, self._positional):
-                    frontier.append(i)
+                    frontier += [i] * (self._first_change(i) is not None)
         return tuple(sources), tuple(frontier)
 
     def _at_zero(self, frontier: tuple[fx.Node, ...], cosine: bool) -> dict[fx.Node, Tensor]:
@@ -201,23 +202,34 @@ class OperandReader:
         given = {self.graph.tokens: inputs, self.graph.positions: inputs, **values, **frontier}
         try:
             return evaluate(self.graph, node, given)
-        except KeyError as error:
-            raise Unreadable(f"{node.name} is combined with a weight: {error.args[0]}") from None
+        except NoValue as error:
+            raise Unreadable(f"{node.name} is combined with a weight: {error}") from None
 
     def _check_constant(self, node: fx.Node, frontier: tuple[fx.Node, ...]) -> None:
         """Refuse a factor that depends on the position, up to the longest sequence."""
-        positions = torch.arange(self.graph.max_seq_len)[None]
+        if changes := [change for n in frontier if (change := self._first_change(n)) is not None]:
+            raise Unreadable(
+                f"{node.name} is scaled by position from position {max(changes)} on; "
+                f"compile for shorter sequences with --max-seq-len {max(changes)}"
+            )
+
+    def _first_change(self, node: fx.Node) -> int | None:
+        """The first position at which a tensor [.., T, ..] is not what it is at 0, up to the longest sequence."""
+        if node not in self._changes:
+            starts = range(0, self.graph.max_seq_len, POSITIONS_PER_CHUNK - 1)
+            self._changes[node] = next((c for s in starts if (c := self._change_after(node, s)) is not None), None)
+        return self._changes[node]
+
+    def _change_after(self, node: fx.Node, start: int) -> int | None:
+        """The first of POSITIONS_PER_CHUNK positions at which a tensor is not what it is at the first of them."""
+        positions = torch.arange(start, min(start + POSITIONS_PER_CHUNK, self.graph.max_seq_len))[None]
         given = {self.graph.positions: positions, self.graph.tokens: torch.zeros_like(positions)}
-        for n in frontier:
-            value = evaluate(self.graph, n, given)
-            dim = [isinstance(s, int) for s in n.meta["val"].shape].index(False)
-            first = value.narrow(dim, 0, 1)
-            changed = (value != first).movedim(dim, 0).flatten(1).any(-1).nonzero().flatten()
-            if len(changed):
-                raise Unreadable(
-                    f"{node.name} is scaled by position from position {int(changed[0])} on; "
-                    f"compile for shorter sequences with --max-seq-len {int(changed[0])}"
-                )
+        sizes = [isinstance(s, int) for s in node.meta["val"].shape]
+        if all(sizes):
+            return None
+        value = evaluate(self.graph, node, given).movedim(sizes.index(False), 0)
+        changed = (value != value[:1]).flatten(1).any(-1).nonzero().flatten()
+        return start + int(changed[0]) if len(changed) else None
 
     def _check_selection(
         self,

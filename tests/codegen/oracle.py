@@ -96,7 +96,7 @@ def moe(spec: Moe, tensors: Tensors) -> torch.Tensor:
 def embed(spec: Embed, tensors: Tensors, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """The embedded tokens in float64."""
     t = {k: v.double() for k, v in tensors.items()}
-    y = t["w.table"][tokens.long()]
+    y = t["w.table"][tokens.long()] if spec.table else torch.zeros(())
     if spec.position_offset is not None:
         y = y + t["w.positions_table"][positions.long() + spec.position_offset]
     y = y * spec.scale
@@ -118,7 +118,9 @@ def heads(spec: Attention, tensors: Tensors, x: str, positions: torch.Tensor) ->
     shape = (y.shape[0], count, spec.head_dim)
     if spec_norm:
         y = y if spec.norm_across_heads else y.reshape(shape)
-        y = norm(spec_norm, y, tensors.get(f"w.{x}_norm_weight"), tensors.get(f"w.{x}_norm_bias"))
+        own = [tensors.get(f"w.{x}_norm_{part}") for part in ("weight", "bias")]
+        own = [w.reshape(shape[1:]) if spec.norm_by_head and w is not None else w for w in own]
+        y = norm(spec_norm, y, *own)
     y = y.reshape(shape)
     if not spec.rotary_dim:
         return y
@@ -139,7 +141,7 @@ def attend(spec: Attention, tensors: Tensors, q: torch.Tensor, k: torch.Tensor, 
     if spec.causal:
         seen &= j <= i
     if spec.window:
-        seen &= j > i - spec.window
+        seen &= (j > i - spec.window) & (j < i + spec.window)
     if spec.chunk:
         seen &= j // spec.chunk == i // spec.chunk
     scores = scores.masked_fill(~seen, float("-inf"))

@@ -66,6 +66,9 @@ SPELLINGS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "chunks": lambda m, s: _hide(s, _triangle(s) & _blocks(s)),
     "alibi": lambda m, s: _hide(s + _slopes(s) * _distance(s), _triangle(s)),
     "alibi_of_keys": lambda m, s: _hide(s + _slopes(s) * _keys(s), _triangle(s)),
+    "alibi_of_numbers": lambda m, s: _hide(
+        s + torch.tensor([0.5, 0.25, 0.2, 0.1], device=s.device)[:, None, None] * _distance(s), _triangle(s)
+    ),
     "softcap": lambda m, s: _hide(CAP * torch.tanh(s / CAP), _triangle(s)),
     "stabilised": lambda m, s: (t := _hide(s, _triangle(s), -1e9)) - t.amax(-1, keepdim=True),
     # And what dscompile does not have.
@@ -81,9 +84,11 @@ SPELLINGS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "squared": lambda m, s: _hide(s * s.abs(), _triangle(s)),
     "normalised": lambda m, s: _hide(s - s.mean(-1, keepdim=True) * s, _triangle(s)),
 }
-TORCHS = ("sdpa_causal", "sdpa_mask", "sdpa_grouped")
+TORCHS = ("sdpa_causal", "sdpa_mask", "sdpa_grouped", "sdpa_flat")
+# Other spellings of the two products.
+PRODUCTS = ("einsum", "einsum_of_rows", "transposed")
 REFUSED = ("prefix", "dilated", "late_gap", "by_head", "quadratic", "temperatures", "learned", "squared", "normalised")
-UNDERSTOOD = [*(name for name in SPELLINGS if name not in REFUSED), *TORCHS]
+UNDERSTOOD = [*(name for name in SPELLINGS if name not in REFUSED), *TORCHS, *PRODUCTS]
 
 
 class HandwrittenAttention(nn.Module):
@@ -104,15 +109,28 @@ class HandwrittenAttention(nn.Module):
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
         if self.spelling in TORCHS:
             y = self._torchs(q, k, v)
+        elif self.spelling in PRODUCTS:
+            y = self._products(q, k, v)
         else:
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
             scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
             y = SPELLINGS[self.spelling](self, scores).softmax(-1) @ v
         return self.out(y.transpose(1, 2).reshape(batch, length, width))
 
+    def _products(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.spelling == "einsum_of_rows":
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            scores = torch.einsum("bihd,bjhd->bhij", q, k) / 4.0
+            return torch.einsum("bhij,bjhd->bhid", _hide(scores, _triangle(scores)).softmax(-1), v)
+        scores = torch.einsum("bhid, bhjd -> bhij", q, k) if self.spelling == "einsum" else q @ k.mT
+        weights = _hide(scores / 4.0, _triangle(scores)).softmax(-1)
+        return torch.einsum("bhij,bhjd->bihd", weights, v).transpose(1, 2) if self.spelling == "einsum" else weights @ v
+
     def _torchs(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.spelling == "sdpa_mask":
             return F.scaled_dot_product_attention(q, k, v, _triangle(q @ k.transpose(-1, -2)), scale=0.3)
+        if self.spelling == "sdpa_flat":
+            return F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v)), is_causal=True)[None]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.spelling == "sdpa_grouped")
 
 

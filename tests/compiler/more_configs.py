@@ -14,6 +14,14 @@ _ROUTED_EXPERTS = {
     "moe_intermediate_size": 32,
     "first_k_dense_replace": 1,
 }
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
 _BART = {
     "vocab_size": 128,
     "d_model": 64,
@@ -28,28 +36,47 @@ _BART = {
     "pad_token_id": 0,
 }
 
+# Queries grow with their position from original_max_position_embeddings on: the tests' sequences are shorter.
+_TEMPERED = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 60,
+    "llama_4_scaling_beta": 0.1,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+
 CONFIGS: dict[str, tuple[str, dict]] = {
     "afmoe": ("AfmoeConfig", {**LLAMA, **_HEADS, **_EXPERTS, **WINDOWS, "num_dense_layers": 1}),
     "arcee": ("ArceeConfig", LLAMA),
     "bart_decoder": ("BartConfig", _BART),
+    "blenderbot_small": ("BlenderbotSmallConfig", _BART),
     "biogpt": ("BioGptConfig", {**SIZES, "intermediate_size": 128}),
     "bitnet": ("BitNetConfig", LLAMA),
     "cohere": ("CohereConfig", LLAMA),
+    "cohere_plus": ("CohereConfig", {**LLAMA, "use_qk_norm": True}),
     "cohere2_moe": ("Cohere2MoeConfig", {**LLAMA, **_HEADS, **WINDOWS, "num_experts": 4}),
     "deepseek_v2": (
         "DeepseekV2Config",
         {
             **LLAMA,
             **_ROUTED_EXPERTS,
-            "num_key_value_heads": 4,
-            "q_lora_rank": 32,
-            "kv_lora_rank": 32,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 16,
-            "v_head_dim": 16,
+            **_LATENT,
         },
     ),
     "dots1": ("Dots1Config", {**LLAMA, **_ROUTED_EXPERTS}),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        {
+            **LLAMA,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 32,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+        },
+    ),
     "gemma": ("GemmaConfig", {**LLAMA, **_HEADS}),
     "glm": ("GlmConfig", {**LLAMA, **_HEADS}),
     "glm4_moe": ("Glm4MoeConfig", {**LLAMA, **_ROUTED_EXPERTS}),
@@ -57,8 +84,11 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "granitemoeshared": ("GraniteMoeSharedConfig", {**LLAMA, **_LOCAL_EXPERTS, "shared_intermediate_size": 32}),
     "helium": ("HeliumConfig", {**LLAMA, **_HEADS}),
     "hy_v3": ("HYV3Config", {**LLAMA, **_HEADS, **_EXPERTS}),
+    "minicpm3": ("MiniCPM3Config", {**LLAMA, **_LATENT}),
     "minimax_m2": ("MiniMaxM2Config", {**LLAMA, **_HEADS, **_LOCAL_EXPERTS}),
+    "mimo_v2_flash": ("MiMoV2FlashConfig", {**LLAMA, **_HEADS, **_EXPERTS, "v_head_dim": 16, "n_routed_experts": 4}),
     "ministral": ("MinistralConfig", {**LLAMA, **_HEADS, **WINDOWS}),
+    "ministral3": ("Ministral3Config", {**LLAMA, **_HEADS, "rope_parameters": _TEMPERED}),
     "modernbert_decoder": (
         "ModernBertDecoderConfig",
         {
@@ -68,12 +98,19 @@ CONFIGS: dict[str, tuple[str, dict]] = {
             "layer_types": ["full_attention", "sliding_attention"],
         },
     ),
+    "nanochat": ("NanoChatConfig", LLAMA),
+    "olmo_clipped": ("OlmoConfig", {**LLAMA, "clip_qkv": 1.5}),
     "olmo3": ("Olmo3Config", {**LLAMA, **WINDOWS}),
     "olmoe": ("OlmoeConfig", {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2}),
     "openai_gpt": ("OpenAIGPTConfig", GPT2),
+    "opt_350m": ("OPTConfig", {**SIZES, "ffn_dim": 128, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
     "pegasus_decoder": ("PegasusConfig", _BART),
     "persimmon": ("PersimmonConfig", {**SIZES, "intermediate_size": 128}),
     "qwen2_moe": ("Qwen2MoeConfig", {**LLAMA, **_EXPERTS, "shared_expert_intermediate_size": 32}),
+    "stablelm_2_12b": (
+        "StableLmConfig",
+        {**LLAMA, "qk_layernorm": True, "use_parallel_residual": True, "partial_rotary_factor": 0.25},
+    ),
     "starcoder2": ("Starcoder2Config", LLAMA),
     "vaultgemma": ("VaultGemmaConfig", {**LLAMA, **_HEADS, **WINDOWS, "query_pre_attn_scalar": 16}),
     "whisper_decoder": (
@@ -108,6 +145,17 @@ ENCODERS: dict[str, tuple[str, dict, str]] = {
     "eurobert": ("EuroBertConfig", {**ENCODER, "num_key_value_heads": 4}, "EuroBertModel"),
     "jina_embeddings_v3": ("JinaEmbeddingsV3Config", ENCODER, "JinaEmbeddingsV3Model"),
     "megatron_bert": ("MegatronBertConfig", ENCODER, "MegatronBertModel"),
+    "modernbert": (
+        "ModernBertConfig",
+        {
+            **ENCODER,
+            "local_attention": 4,
+            "global_attn_every_n_layers": 2,
+            **dict.fromkeys(("bos_token_id", "cls_token_id"), 1),
+            **dict.fromkeys(("eos_token_id", "sep_token_id"), 2),
+        },
+        "ModernBertModel",
+    ),
     "rembert": ("RemBertConfig", {**ENCODER, "input_embedding_size": 32}, "RemBertModel"),
     "xlm_roberta_xl": ("XLMRobertaXLConfig", ROBERTA, "XLMRobertaXLModel"),
 }
@@ -120,20 +168,7 @@ REFUSED: dict[str, tuple[str, dict]] = {
     "hunyuan_v1_dense": ("HunYuanDenseV1Config", {**LLAMA, **_HEADS}),
     "jetmoe": ("JetMoeConfig", {**SIZES, "num_key_value_heads": 2, "intermediate_size": 128, "num_local_experts": 4}),
     "laguna": ("LagunaConfig", {**LLAMA, **_HEADS}),
-    "minicpm3": (
-        "MiniCPM3Config",
-        {
-            **LLAMA,
-            "num_key_value_heads": 4,
-            "q_lora_rank": 32,
-            "kv_lora_rank": 32,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 16,
-            "v_head_dim": 16,
-        },
-    ),
     "moshi": ("MoshiConfig", {**LLAMA, "ffn_dim": 128}),
-    "nanochat": ("NanoChatConfig", LLAMA),
     "phimoe": ("PhimoeConfig", {**LLAMA, **_LOCAL_EXPERTS}),
     "roformer": ("RoFormerConfig", {**SIZES, "intermediate_size": 128, "is_decoder": True}),
 }

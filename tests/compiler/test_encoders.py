@@ -116,7 +116,8 @@ def _write_modules(directory, pooling, last="Normalize"):
     "class_name, arguments, message",
     [
         ("MPNet", _SIZES | {"pad_token_id": 1}, "found 0 attention operators"),
-        ("ModernBert", _SIZES | dict.fromkeys(("bos_token_id", "eos_token_id", "sep_token_id"), 2), "both sides"),
+        ("DebertaV2", _SIZES | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}, "3 products"),
+        ("XLM", {"vocab_size": 128, "emb_dim": 64, "n_layers": 2, "n_heads": 4}, "makes a tensor from numbers"),
         ("FNet", _SIZES, "mixes tokens"),
     ],
 )

@@ -19,6 +19,7 @@ EXPECTED = {
     "softcap": {"softcap": pytest.approx(CAP, rel=1e-5)},
     "alibi": {"alibi": True},
     "alibi_of_keys": {"alibi": True},
+    "alibi_of_numbers": {"alibi": True},
     "sdpa_mask": {"scale": pytest.approx(0.3)},
     "sdpa_grouped": {"num_kv_heads": 2},
 }

@@ -65,6 +65,16 @@ def test_the_head_computes_the_sum_of_a_norm_and_a_residual():
     assert not [m for m in misses if "r)" in m.rule]
 
 
+def test_a_factor_moves_behind_the_linears_that_read_it():
+    class Scaled(Mlp):
+        def mlp(self, x, y):
+            return x + self.down(F.silu(self.gate(0.3 * y)) * self.up(y))
+
+    graph, misses = compiled(Scaled())
+    assert not nodes(graph, vocabulary.scale) and {n.args[3].scale for n in nodes(graph, fused_linear)} == {1.0, 0.3}
+    assert not [m for m in misses if m.rule == "(c x) W -> c (x W)"]
+
+
 class GateReadElsewhere(Mlp):
     def mlp(self, x, y):
         gate = self.gate(y)

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from dscompile.runtime import ops
-from dscompile.runtime.ops_moe import route
+from dscompile.runtime import ops, ops_moe
+from dscompile.runtime.ops_moe import gate, route
 from dscompile.runtime.plan import Moe, Router
 from tests.helpers import rms_ratio
 from tests.runtime.test_ops import random, softplusless, step
@@ -80,7 +80,7 @@ def test_moe(name, limit, shift, bias, scale_input, dtype):
     assert rms_ratio(actual, expected) < (1e-6 if dtype == torch.float32 else 1e-3)
 
 
-def test_experts_that_no_token_chose_are_not_read():
+def test_experts_that_no_token_chose_are_not_read(monkeypatch):
     spec = Moe(K, F, ROUTERS["mixtral"], "silu")
     inputs = {"x": random(T, K), "logits": random(1, E, seed=2).expand(T, E)}
     weights = {"gate_up": random(E, 2 * F, K, seed=5), "down": random(E, K, F, seed=6)}
@@ -88,4 +88,7 @@ def test_experts_that_no_token_chose_are_not_read():
     for e in set(range(E)) - hit:
         weights["gate_up"][e] = torch.nan
         weights["down"][e] = torch.nan
+    computed = []
+    monkeypatch.setattr(ops_moe, "gate", lambda spec, product: computed.append(len(product)) or gate(spec, product))
     assert torch.isfinite(ops.execute(spec, inputs, weights, step())["y"]).all()
+    assert computed == [T] * len(hit), "one product for each expert that is hit, with all of its tokens"

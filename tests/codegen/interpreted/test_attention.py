@@ -38,8 +38,15 @@ SPECS = {
         q_norm=Norm("rms", 1e-5, weight=True),
         k_norm=Norm("layer", 1e-5, weight=True),
     ),
+    "own_norms": attention(
+        rotary_dim=8,
+        norm_by_head=True,
+        q_norm=Norm("layer", 1e-5, weight=True, bias=True),
+        k_norm=Norm("rms", 1e-5, weight=True),
+    ),
     "narrow_values": attention(4, 2, 24, 10, rotary_dim=12),
     "encoder": attention(causal=False),
+    "two_sided_window": attention(causal=False, window=9),
 }
 RAGGED = ((5, 5), (70, 1), (33, 30), (1, 1), (90, 17))
 DECODE = ((1, 1), (70, 1), (17, 1), (33, 1), (150, 1))
@@ -55,7 +62,7 @@ def weights(spec: Attention) -> dict[str, torch.Tensor]:
     if spec.sinks:
         t["w.sinks"] = torch.randn(spec.num_heads)
     for x, norm, heads in (("q", spec.q_norm, spec.num_heads), ("k", spec.k_norm, spec.num_kv_heads)):
-        width = spec.head_dim * (heads if spec.norm_across_heads else 1)
+        width = spec.head_dim * (heads if spec.norm_across_heads or spec.norm_by_head else 1)
         if norm and norm.weight:
             t[f"w.{x}_norm_weight"] = 1 + 0.3 * torch.randn(width)
         if norm and norm.bias:

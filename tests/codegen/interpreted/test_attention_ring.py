@@ -28,7 +28,11 @@ SPECS = {
     "head_norms": attention(
         rotary_dim=64, q_norm=Norm("rms", 1e-5, weight=True), k_norm=Norm("layer", 1e-5, weight=True, bias=True)
     ),
+    "own_norms": attention(
+        rotary_dim=32, norm_by_head=True, q_norm=Norm("layer", 1e-5, weight=True), k_norm=Norm("rms", 1e-5, weight=True)
+    ),
     "encoder": attention(causal=False),
+    "two_sided_window": attention(causal=False, window=19),
 }
 RAGGED = ((5, 5), (70, 1), (33, 30), (1, 1), (150, 70))
 

@@ -35,6 +35,16 @@ def test_embed(norm: str, offset: int | None, dtype: torch.dtype) -> None:
     assert rms_ratio(tensors["out.y"], expected) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_positions_alone(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    spec = Embed(table=False, position_offset=2)
+    tensors = {"w.positions_table": torch.randn(40, D).to(dtype), "out.y": slice_of(ROWS, D, dtype, float("nan"))}
+    step = {"tokens": torch.zeros(ROWS).int(), "positions": torch.randint(0, 30, (ROWS,)).int()}
+    run(spec, tensors, step, {"T": ROWS, "B": 1})
+    assert torch.equal(tensors["out.y"], tensors["w.positions_table"][step["positions"].long() + 2])
+
+
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 @pytest.mark.parametrize("add", [True, False])
 def test_row_norm(norm: str, add: bool) -> None:
