@@ -22,8 +22,10 @@ from typing import Any
 from benchmarks.artifacts import artifact_of
 from benchmarks.machine import RESULTS
 
-INT8 = {"quant": "int8", "quant_lm_head": True}
-WORDS_INT8 = "--batch 1,8,32,128 --quant int8 --quant-lm-head"
+INT8 = {"quant": "int8"}
+WITH_HEAD = INT8 | {"quant_lm_head": True}
+WORDS_HEAD = "--quant int8 --quant-lm-head"
+WEIGHTS = {"quant": "int8-weight-only"}
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,28 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+LLAMA, GPTJ, BLOOM = "llama3-8b", "gptj-6b", "bloom-7b1"
+PROMPT = f"--models {LLAMA} --batch 1 --prompt 2048 --new 16"
+WEIGHTS_ALONE = f"--models {LLAMA} --batch 1,8 --quant int8-weight-only"
 JOBS = (
-    Job("decode --models llama3-8b --batch 1,8,32,128 --name decode-llama3-8b", ("llama3-8b",)),
-    Job(f"decode --models llama3-8b {WORDS_INT8} --name decode-llama3-8b-int8", ("llama3-8b",), INT8),
-    Job("decode --models bloom-7b1 --prompt 8 --new 100 --name decode-bloom-7b1-short", ("bloom-7b1",)),
-    Job("decode --models gptj-6b --name decode-gptj-6b", ("gptj-6b",)),
-    Job("prefill --cases gptj-6b:128,llama3-8b:2040,llama3-8b:8191", ("gptj-6b", "llama3-8b")),
-    Job("latency", ("gptj-6b",)),
-    Job("throughput", ("llama3-8b",)),
-    Job(f"decode --models gptj-6b {WORDS_INT8} --name decode-gptj-6b-int8", ("gptj-6b",), INT8),
-    Job("decode --models llama3-8b --batch 1 --prompt 8000,32000 --new 64 --name decode-long", ()),
-    Job("cold_start", ("gptj-6b",)),
-    Job("regions", ("llama3-8b", "bloom-7b1", "gptj-6b")),
+    Job(f"decode --models {LLAMA} --name decode-{LLAMA}", (LLAMA,)),
+    Job(f"decode --models {LLAMA} {WORDS_HEAD} --name decode-{LLAMA}-int8", (LLAMA,), WITH_HEAD),
+    Job(f"decode --models {BLOOM} --prompt 8 --new 100 --name decode-{BLOOM}-short", (BLOOM,)),
+    Job(f"decode --models {GPTJ} --name decode-{GPTJ}", (GPTJ,)),
+    Job(f"prefill --cases {GPTJ}:128,{LLAMA}:2040,{LLAMA}:8191", (GPTJ, LLAMA)),
+    Job(f"decode {PROMPT} --name prompt-{LLAMA}", (LLAMA,)),
+    Job(f"decode {PROMPT} {WORDS_HEAD} --name prompt-{LLAMA}-int8", (LLAMA,), WITH_HEAD),
+    Job(f"decode --models {GPTJ} {WORDS_HEAD} --name decode-{GPTJ}-int8", (GPTJ,), WITH_HEAD),
+    Job("latency", (GPTJ,)),
+    Job("throughput", (LLAMA,)),
+    Job(f"decode --models {LLAMA} --batch 1 --quant int8 --name decode-{LLAMA}-int8-head16", (LLAMA,), INT8),
+    Job(f"decode --models {GPTJ} --batch 1 --quant int8 --name decode-{GPTJ}-int8-head16", (GPTJ,), INT8),
+    Job(f"decode --models {LLAMA} --batch 1 --prompt 8000,32000 --new 64 --name decode-long", ()),
+    Job("cold_start", (GPTJ,)),
+    Job("regions", (LLAMA, BLOOM, GPTJ)),
+    Job(f"decode {WEIGHTS_ALONE} --name decode-{LLAMA}-weights", (LLAMA,), WEIGHTS),
     Job("rule", ()),
+    Job(f"decode --models {LLAMA} --batch 1,32 --deterministic --name deterministic", ()),
     Job("compile_time", ()),
 )
 

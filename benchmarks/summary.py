@@ -22,7 +22,8 @@ PEERS = {"eager": "eager", "compile": "static cache, compiled"}
 class Step(NamedTuple):
     """A decode step as measured.
 
-    quant: the scheme, or ""; fraction: of the read bandwidth; idle: of the time, None where not measured
+    quant: the scheme and whether it takes in the head, or ""; fraction: of the read bandwidth
+    idle: of the time, None where not measured
     """
 
     model: str
@@ -45,8 +46,12 @@ def steps(results: Iterable[Path]) -> Iterator[Step]:
                 for b in ours["batches"]:
                     floor = 1e3 * b["bytes_per_step"] / ours["read_bandwidth"]
                     tokens = (ours["prompt_tokens"], ours["new_tokens"], b["batch"])
-                    facts = (row["model"], row["dtype"], row.get("quant", ""), *tokens)
+                    facts = (row["model"], row["dtype"], _quantization(row), *tokens)
                     yield Step(*facts, b["decode_step_ms"], floor, b["bandwidth_fraction"], b.get("gpu_idle"))
+
+
+def _quantization(row: dict[str, Any]) -> str:
+    return row.get("quant", "") + " with the head" * row.get("quant_lm_head", False)
 
 
 def peers(folder: Path) -> dict[tuple[str, int, int, str], float]:
@@ -105,6 +110,14 @@ def others(folder: Path) -> list[str]:
         for row in result["rows"]:
             if key in row:
                 lines.append(_line(words.format(**row), f"{row[key]:,.1f} {unit}", f"`{result['command']}`"))
+    for path in sorted(folder.glob("prompt-*.json")):
+        result = json.loads(path.read_text())
+        for row in result["models"]:
+            words = " ".join(filter(None, (row["model"], _quantization(row))))
+            for ours in row["ours"]:
+                elapsed = ours["batches"][0]["prefill_ms"]
+                what = f"prefill of {ours['prompt_tokens']} tokens, {words}"
+                lines.append(_line(what, f"{elapsed:,.1f} ms", f"`{result['command']}`"))
     return lines
 
 
