@@ -64,11 +64,13 @@ class JitRunner:
     def _multiply(launch: Launch, bind: Callable[[str], Any], rows: int) -> None:
         """Compute a library launch through torch."""
         what, (x, weight, out, _, *more) = PRODUCTS[launch.target], (bind(a) for a in launch.args)
+        taken = slice(*launch.rows or (None,))
+        weight = weight[taken]
         if x.dtype == torch.uint8:
             x = x.view(weight.dtype).view(rows, weight.shape[1])
         if out.dtype == torch.uint8:
             out = out.view(weight.dtype).view(rows, weight.shape[0])
-        bias = more.pop(0) if what.bias else None
+        bias = more.pop(0)[taken] if what.bias else None
         out.copy_(what.compute(x, weight, bias, more.pop(0) if what.residual else None))
 
     def run(self, case: Case, bind: Callable[[str], Any], sizes: Mapping[str, int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from dscompile.codegen.emit import KernelRequest, kernel_request
+from dscompile.codegen.library_kernels import epilogue_launch, product_launch, whole_products
 from dscompile.codegen.linear_structure import (
     arguments_of,
     bind_input_scale,
@@ -27,8 +28,7 @@ from dscompile.codegen.tuned_table import (
     row_config,
     tile_config,
 )
-from dscompile.runtime.plan import Case, Extent, Launch, Linear, Program, Scratch, Segment
-from dscompile.runtime.products import PRODUCTS, Product
+from dscompile.runtime.plan import Case, Extent, Launch, Linear, Program, Scratch
 
 # Ranges of T with a kernel each; the last number of a range is the tokens of its tile.
 TILE_RANGES = ((2, 8), (9, 16), (17, 32), (33, 64), (65, 128))
@@ -281,50 +281,13 @@ def _library_launches(spec: Linear, operands: Operands, draft: Draft) -> tuple[L
     if without_prologue(spec) != spec:
         launches.append(prepare_rows(spec, operands, draft))
         x = "scratch.rows"
-    whole = _whole_product(spec, operands)
-    if whole is not None:
-        more = ("w.bias",) * whole.bias + ("in.residual0",) * whole.residual
-        return (*launches, Launch("library", whole.name, (x, "w.weight", "out.y0", "T", *more)))
+    products = whole_products(spec, operands)
+    if products:
+        return (*launches, *(product_launch(spec, i, p, x) for i, p in enumerate(products)))
     draft.reserve("product", "T", ITEM_SIZE[operands["in.x"].dtype] * spec.out_features)
     launches.append(Launch("library", "mm", (x, "w.weight", "scratch.product", "T")))
     for i, segment in enumerate(spec.segments):
-        request, launch = _epilogue_launch(spec, segment, i, operands)
+        request, launch = epilogue_launch(spec, segment, i, operands)
         draft.requests.append(request)
         launches.append(launch)
     return tuple(launches)
-
-
-def _whole_product(spec: Linear, operands: Operands) -> Product | None:
-    """The library's product that does all of the epilogue, if there is one and it can store 16 bytes at a time."""
-    only, dtype = spec.segments[0], operands["in.x"].dtype
-    if len(spec.segments) > 1 or only.gated or spec.softcap or spec.scale != 1.0 or spec.residuals > 1:
-        return None
-    product = Product(spec.bias, only.activation, spec.residuals == 1)
-    if product == Product():
-        return product
-    stored = [operands[role] for role in ("out.y0", *["in.residual0"] * spec.residuals)]
-    alike = all(o.dtype == dtype and o.aligned and o.stride * ITEM_SIZE[dtype] % 16 == 0 for o in stored)
-    return product if alike and product.name in PRODUCTS else None
-
-
-def _epilogue_launch(spec: Linear, segment: Segment, index: int, operands: Operands) -> tuple[KernelRequest, Launch]:
-    block = min(2048, next_power_of_2(segment.width))
-    residuals = spec.residuals if index == 0 else 0
-    arguments = Arguments(operands)
-    arguments.bind_memory("scratch.product", operands["in.x"].dtype)
-    if spec.bias:
-        arguments.bind("w.bias")
-    arguments.bind(*(f"in.residual{i}" for i in range(residuals)), f"out.y{index}")
-    params = tuple(replace(p, name="y_ptr") if p.name == f"y{index}_ptr" else p for p in arguments.params)
-    numbers: dict[str, float] = {"N": spec.out_features, "START": segment.start, "WIDTH": segment.width, "BLOCK": block}
-    numbers |= {"Y_STRIDE": operands[f"out.y{index}"].stride, "SCALE": spec.scale, "SOFTCAP": spec.softcap}
-    structure = {
-        "helpers": sorted({segment.activation} | ({"softcap"} if spec.softcap else set())),
-        "bias": spec.bias,
-        "gated": segment.gated,
-        "activation": segment.activation,
-        "residual_strides": [operands[f"in.residual{i}"].stride for i in range(residuals)],
-    }
-    request = kernel_request("epilogue", numbers, params, structure=structure, num_warps=4, num_stages=1)
-    grid = (Extent(1, "T"), Extent(ceil_div(segment.width, block)))
-    return request, Launch("kernel", request.name, arguments.args, grid)

@@ -69,6 +69,7 @@ class CublasLt:
         self._device = device
         self._preferences: dict[tuple[int, ...], Handle] = {}
         self._choices: dict[tuple[Shape, int], Choice] = {}
+        self._algorithms: dict[tuple[Shape, int], Any] = {}
 
     def bind(self, product: Product, matrices: Matrices) -> Callable[[int, int], None]:
         """Prepare a product over the addresses of matrices on the device."""
@@ -84,13 +85,13 @@ class CublasLt:
         return self._matmul(self._handle, *operands, self._workspace.data_ptr(), WORKSPACE_BYTES, stream)
 
     def choose(self, shape: Shape, rows: int, description: Handle, weight: Handle) -> Choice:
-        """The algorithm that the library thinks best, remembered."""
+        """Layouts for a number of rows, remembered, and the algorithm for as many and somewhat more."""
         if (shape, rows) not in self._choices:
-            _, *strides = shape.strides
-            columns = (shape.k, shape.n, shape.n)
-            x, residual, out = (self.layout(shape.dtype, c, rows, s) for c, s in zip(columns, strides, strict=True))
-            algorithm = self._best(shape, rows, description, (weight, x, residual, out))
-            self._choices[shape, rows] = Choice(x, residual, out, algorithm)
+            most = rounded_up(rows)
+            if (shape, most) not in self._algorithms:
+                layouts = (weight, *self._layouts(shape, most))
+                self._algorithms[shape, most] = self._best(shape, most, description, layouts)
+            self._choices[shape, rows] = Choice(*self._layouts(shape, rows), self._algorithms[shape, most])
         return self._choices[shape, rows]
 
     def describe(self, shape: Shape, bias: int) -> Handle:
@@ -111,6 +112,12 @@ class CublasLt:
         sizes = (ctypes.c_uint64(columns), ctypes.c_uint64(rows), ctypes.c_int64(stride))
         self.call("cublasLtMatrixLayoutCreate", ctypes.byref(found), DATA_TYPE[dtype], *sizes)
         return found
+
+    def _layouts(self, shape: Shape, rows: int) -> tuple[Handle, Handle, Handle]:
+        """Of x, residual and out."""
+        _, x, residual, out = shape.strides
+        added = self.layout(shape.dtype, shape.n, rows, residual)
+        return self.layout(shape.dtype, shape.k, rows, x), added, self.layout(shape.dtype, shape.n, rows, out)
 
     def _best(self, shape: Shape, rows: int, description: Handle, layouts: tuple[Handle, ...]) -> Any:
         found, count = Heuristic(), ctypes.c_int()
@@ -196,6 +203,13 @@ class BoundProduct:
         second = (ctypes.addressof(self._beta), residual, choice.residual, out, choice.out)
         self._operands = (*first, *second, ctypes.addressof(choice.algorithm))
         self._rows = rows
+
+
+def rounded_up(rows: int) -> int:
+    """A number of rows, at most an eighth larger from 128 on, for which an algorithm is chosen: choosing takes the host
+    longer than launching, and the lengths of prompts are many."""
+    step = max(16, (1 << (rows - 1).bit_length()) // 16)
+    return -(-rows // step) * step
 
 
 def alignment_of(address: int) -> int:

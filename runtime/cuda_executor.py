@@ -32,11 +32,11 @@ from dscompile.runtime.plan import Plan, Sample
 
 RESERVED_BYTES = 512 << 20  # left to CUDA graphs, library workspaces and logits on their way to the host
 SMALL_GRAPHS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
-GRAPH_STRIDE = 32
+GRAPH_STRIDE = 16
 
 
 def graph_sizes(max_batch: int) -> list[int]:
-    """Batch sizes for which decode is captured: 1, 2, 4, 8, 16, 24, 32, 48, 64, then every 32, up to max_batch."""
+    """Batch sizes for which decode is captured: 1, 2, 4, 8, 16, 24, 32, 48, 64, then every 16, up to max_batch."""
     sizes = [*SMALL_GRAPHS, *range(SMALL_GRAPHS[-1] + GRAPH_STRIDE, max_batch, GRAPH_STRIDE)]
     return [*(s for s in sizes if s < max_batch), max_batch]
 

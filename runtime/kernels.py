@@ -93,8 +93,7 @@ class BoundKernel:
         self._sized = [(i, name) for i, name in enumerate(names) if name in SIZES or name == "blocks"]
         sized = {i for i, _ in self._sized}
         values: list[int | float] = [0 if i in sized else bindings.address(name) for i, name in enumerate(names)]
-        descriptors = bindings.address(launch.descriptors) if launch.descriptors else 0
-        self._prepared = PreparedLaunch(driver, function, kernel.params, values, descriptors)
+        self._prepared = PreparedLaunch(driver, function, kernel.params, values)
         self._extents = launch.grid
         self._sizes: Sizes | None = None
         self._empty = False
@@ -124,6 +123,9 @@ class BoundLibrary:
         x, weight, out, *more = (bindings.tensor(name) for name in launch.args if name not in SIZES)
         bias = more.pop(0) if product.bias else None
         residual = more.pop(0) if product.residual else None
+        if launch.rows is not None:
+            taken = slice(*launch.rows)
+            weight, bias = weight[taken], None if bias is None else bias[taken]
         n, k = weight.shape
         x, out = _typed(x, weight.dtype, k), _typed(out, weight.dtype, n)
         self._launch = library.bind(product, Matrices(x, weight, out, bias, residual))

@@ -36,7 +36,8 @@ def test_what_the_kernels_read_is_what_the_step_reads():
     programs, steps = {}, []
     for step in plan.steps:
         args = tuple(f"w.{role}" for role in step.weights) + ("kv",) * isinstance(step.spec, Attention)
-        launches = (Launch("kernel", f"prepare {step.name}", ("in.x",)), Launch("kernel", step.name, args))
+        prepare, library = Launch("kernel", f"prepare {step.name}", ("in.x",)), Launch("library", "never", args)
+        launches = (prepare, Launch("kernel", step.name, args), library)
         other = Launch("kernel", "never", args)
         programs[step.name] = Program((Case(4, 0, (other,)), Case(1, 0, launches, decode=True)))
         steps.append(dataclasses.replace(step, program=step.name))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dscompile.runtime import cublaslt
-from dscompile.runtime.cublaslt import ALIGNMENT, CublasLt, alignment_of
+from dscompile.runtime.cublaslt import ALIGNMENT, CublasLt, alignment_of, rounded_up
 from dscompile.runtime.driver import CudaError
 from dscompile.runtime.products import PRODUCTS, Matrices
 
@@ -70,7 +70,7 @@ def library(monkeypatch) -> tuple[CublasLt, RecordingLibrary]:
     return CublasLt(torch.device("cpu")), recording
 
 
-def matrices(name: str, rows: int = 20) -> Matrices:
+def matrices(name: str, rows: int = 40) -> Matrices:
     """x and out are columns of wider matrices."""
     what, n, k = PRODUCTS[name], 24, 16
     wide = torch.randn(rows, 64).half()
@@ -99,15 +99,16 @@ def test_a_product_is_described(library, name):
     assert recording.attributes.get((description, 8)) == (None if m.bias is None else m.bias.data_ptr())
 
 
-def test_an_algorithm_is_chosen_once_for_a_shape_and_a_number_of_rows(library):
+def test_an_algorithm_is_chosen_once_for_a_shape_and_like_numbers_of_rows(library):
     lt, recording = library
     m = matrices("mm_add")
     first, second = (lt.bind(PRODUCTS["mm_add"], m) for _ in range(2))
-    for rows in (7, 7, 8, 7):
+    for rows in (7, 16, 17, 7):
         first(rows, 0)
         second(rows, 0)
     assert recording.choices == 2
-    assert len(recording.calls) == 8
+    layouts = [[recording.layouts[call[i]][2] for i in (6, 9, 11)] for call in recording.calls]
+    assert layouts == [[rows] * 3 for rows in (7, 7, 16, 16, 17, 17, 7, 7)]
 
 
 def test_a_failure_says_what_failed(library):
@@ -115,6 +116,11 @@ def test_a_failure_says_what_failed(library):
     recording.status = 15
     with pytest.raises(CudaError, match="status 15 for 3 rows"):
         lt.bind(PRODUCTS["mm"], matrices("mm"))(3, 0)
+
+
+def test_rows_are_rounded_up_by_an_eighth_at_most():
+    assert [rounded_up(n) for n in (1, 16, 65, 128, 129, 300, 2040, 8191)] == [16, 16, 80, 128, 144, 320, 2048, 8192]
+    assert all(n <= rounded_up(n) <= n * 1.13 for n in range(128, 3000))
 
 
 def test_alignments():

@@ -34,8 +34,27 @@ def test_products(target, name, dtype):
             out.fill_(torch.nan)
             given = Matrices(x, weight, out, bias if what.bias else None, residual if what.residual else None)
             launch = device.library.bind(what, given)
-            launch(rows - 1, device.stream)
-            assert rms_ratio(out[:-1], expected[:-1]) <= LIMIT[dtype]
-            assert out[-1].isnan().all()
+            for few in (rows - 1, rows - 7, rows - 2):
+                out.fill_(torch.nan)
+                launch(few, device.stream)
+                assert rms_ratio(out[:few], expected[:few]) <= LIMIT[dtype]
+                assert out[few:].isnan().all()
             launch(rows, device.stream)
             assert rms_ratio(out, expected) <= LIMIT[dtype]
+
+
+def test_every_number_of_rows_can_use_the_algorithm_of_a_larger(target):
+    from dscompile.runtime.cuda_device import CudaDevice
+
+    device, k, n = CudaDevice("cuda"), 4096, 1024
+    torch.manual_seed(0)
+    with device.active():
+        x, weight = (torch.randn(rows, k, device="cuda").bfloat16() for rows in (700, n))
+        out = torch.empty(700, n, device="cuda", dtype=torch.bfloat16)
+        launch = device.library.bind(PRODUCTS["mm"], Matrices(x, weight, out))
+        expected = x.float() @ weight.float().T
+        for rows in (*range(1, 300), 513, 699):
+            out.fill_(torch.nan)
+            launch(rows, device.stream)
+            assert rms_ratio(out[:rows], expected[:rows]) <= LIMIT[torch.bfloat16]
+            assert out[rows:].isnan().all()

@@ -168,6 +168,16 @@ def test_a_library_launch_passes_the_rows_of_the_step(name, in_scratch):
     assert tensors["out.y"][17:].isnan().all()
 
 
+def test_a_library_launch_may_take_some_rows_of_the_weight():
+    tensors = {"in.x": torch.randn(20, 4), "w.weight": torch.randn(9, 4), "out.y1": torch.empty(20, 5)}
+    tensors["w.bias"] = torch.randn(9)
+    launch = Launch("library", "mm_bias", ("in.x", "w.weight", "out.y1", "T", "w.bias"), rows=(3, 8))
+    table = KernelTable({}, None, "sm_90", RecordingDriver(), SimulatedLibrary())
+    table.bind(launch, Bindings(lambda name: 0, tensors.__getitem__)).launch(SIZES, 0)
+    expected = tensors["in.x"].double() @ tensors["w.weight"][3:8].double().T + tensors["w.bias"][3:8]
+    assert rms_ratio(tensors["out.y1"][:17], expected[:17]) < 1e-6
+
+
 def test_an_unknown_library_operation_is_refused():
     table = KernelTable({}, None, "sm_90", RecordingDriver(), SimulatedLibrary())
     with pytest.raises(UserError, match=r"'fft'.*update dscompile"):

@@ -59,8 +59,8 @@ def test_graph_sizes():
     assert graph_sizes(1) == [1]
     assert graph_sizes(3) == [1, 2, 3]
     assert graph_sizes(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
-    assert graph_sizes(100) == [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 100]
-    assert graph_sizes(256)[-3:] == [192, 224, 256]
+    assert graph_sizes(100) == [1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 100]
+    assert graph_sizes(256)[-3:] == [224, 240, 256]
 
 
 def test_fields_do_not_overlap_and_are_aligned():

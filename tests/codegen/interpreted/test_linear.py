@@ -81,6 +81,12 @@ def test_a_library_adds_bias_and_residual(options: dict) -> None:
     check(Linear(K, 56, (Segment(0, 56),), norm=RMS, **options), 150, torch.float16)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_library_computes_each_segment(bias: bool) -> None:
+    segments = (Segment(0, 2048), Segment(2048, 4104, "gelu_tanh"))
+    check(Linear(K, 4104, segments, bias=bias), 150, torch.float16)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("rows", [1, 9])
 def test_activation(activation: str, rows: int) -> None:
