@@ -16,7 +16,7 @@ from dscompile.codegen.attention_structure import (
 )
 from dscompile.codegen.emit import KernelRequest, kernel_request
 from dscompile.codegen.operands import Arguments, KernelContext, Operands, ceil_div, next_power_of_2
-from dscompile.codegen.prefill_kernels import prefill_launch
+from dscompile.codegen.prefill_kernels import prefill_launch, prefill_ranges
 from dscompile.codegen.tuned_table import num_sms
 from dscompile.runtime.plan import Attention, Case, Extent, Launch, Program, Scratch
 
@@ -44,9 +44,12 @@ def attention_program(
             parts = tasks * splits * (spec.num_heads // spec.num_kv_heads)
             needed = {"parts": 4 * parts * spec.v_head_dim, "moments": 8 * parts, "arrivals": 4 * tasks}
             sizes = {name: max(size, sizes[name]) for name, size in needed.items()}
-    append, prefill = _append_launch(spec, operands, context), prefill_launch(spec, operands, context)
-    requests += [append[0], prefill[0]]
-    cases.append(Case(1, 0, (append[1], prefill[1])))
+    append, fill = _append_launch(spec, operands, context)
+    requests.append(append)
+    for low, high, prefill in prefill_ranges(spec, operands, context):
+        request, attend = prefill_launch(spec, operands, context, prefill)
+        requests.append(request)
+        cases.append(Case(low, high, (fill, attend)))
     scratch = tuple(Scratch(n, "1", s, zeroed=n == "arrivals") for n, s in sizes.items() if s)
     return Program(tuple(cases), scratch), tuple(requests)
 

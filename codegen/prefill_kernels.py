@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dscompile.codegen.attention_structure import (
     bind_attention,
@@ -21,6 +21,7 @@ from dscompile.codegen.tuned_table import num_sms
 from dscompile.runtime.plan import Attention, Extent, Launch
 
 LOG2E = 1.4426950408889634
+FEW_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,21 @@ def prefill_config(spec: Attention, operands: Operands, context: KernelContext) 
     return PrefillConfig(rows, keys, 4 if rows <= 64 and columns <= 256 else 8, programs)
 
 
+def prefill_ranges(
+    spec: Attention, operands: Operands, context: KernelContext
+) -> tuple[tuple[int, int, PrefillConfig], ...]:
+    """Ranges of a step's tokens (first, last; 0: no last) and their configurations; deterministic programs have one.
+
+    Of heads of 256 columns, few tokens are few programs, and smaller ones end sooner. Measured on an H200, GPT-J: 128
+    tokens 7.8 us instead of 10.7, but 1,900 tokens 104 instead of 79.
+    """
+    config = prefill_config(spec, operands, context)
+    least = next_power_of_2(spec.num_heads // spec.num_kv_heads)
+    if not config.ring or spec.head_dim <= 128 or least > 64 or context.deterministic:
+        return ((1, 0, config),)
+    return (1, FEW_TOKENS, replace(config, rows=64, num_warps=4)), (FEW_TOKENS + 1, 0, config)
+
+
 def takes_ring(spec: Attention, operands: Operands, context: KernelContext) -> bool:
     """Whether attention_ring serves: every target has Hopper's tensor cores, and heads and their cache are whole blocks
     of 16-bit numbers."""
@@ -65,9 +81,10 @@ def takes_ring(spec: Attention, operands: Operands, context: KernelContext) -> b
     return hopper and halves and spec.head_dim == spec.v_head_dim and spec.head_dim in (64, 128, 256)
 
 
-def prefill_launch(spec: Attention, operands: Operands, context: KernelContext) -> tuple[KernelRequest, Launch]:
-    """The launch that attends in steps of any number of tokens, and its kernel."""
-    config = prefill_config(spec, operands, context)
+def prefill_launch(
+    spec: Attention, operands: Operands, context: KernelContext, config: PrefillConfig
+) -> tuple[KernelRequest, Launch]:
+    """The launch that attends in steps of many tokens, and its kernel."""
     request, arguments = prefill_request(spec, operands, context, config)
     grid = (Extent(1, "T", int(request.constexprs["TOKENS"]), plus=1), Extent(spec.num_kv_heads))
     return request, Launch("kernel", request.name, arguments.args, grid)

@@ -172,5 +172,5 @@ def test_rings_of_attention_fit_the_registers(columns: int, group: int, tmp_path
     groups = (KVGroup(2, 2, columns, columns, DTYPE),)
     _, requests = programs_for(spec, operands, replace(context(("sm_90",)), kv_groups=groups))
     rings = [r for r in requests if r.template == "attention_ring"]
-    (kernel,) = compile_kernels(rings, ("sm_90",), tmp_path / "kernels").values()
-    assert kernel.cubins["sm_90"].spills == 0
+    kernels = compile_kernels(rings, ("sm_90",), tmp_path / "kernels")
+    assert kernels and all(kernel.cubins["sm_90"].spills == 0 for kernel in kernels.values())

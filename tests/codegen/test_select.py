@@ -99,6 +99,16 @@ def test_attention_of_many_tokens_takes_the_ring_on_hopper_alone(model: str) -> 
     assert template("sm_80", "sm_90") == template("sm_90", kv_dtype="int8") == "attention_prefill"
 
 
+def test_few_tokens_with_wide_heads_take_smaller_programs() -> None:
+    dtype, spec = ATTENTIONS["gptj-6b"]
+    here = context("sm_90", group=KVGroup(28, 16, 256, 256, dtype))
+    program, requests = programs_for(spec, attention_operands(spec, dtype, 4096), here)
+    covered(program, decode=False)
+    rows = {r.name: r.constexprs["BM"] for r in requests if r.template == "attention_ring"}
+    ragged = [case for case in program.cases if case.decode is None]
+    assert [rows[case.launches[-1].target] for case in ragged] == [64, 128]
+
+
 def test_experts_are_two_products_at_any_number_of_tokens() -> None:
     spec = Moe(512, 384, Router(8, 2, "softmax", True), "silu")
     operands = {role: Operand("float16", n, (0, n)) for role, n in (("in.x", 512), ("in.logits", 8), ("out.y", 512))}
