@@ -18,10 +18,12 @@ import torch
 
 from benchmarks.kernel_shapes import LINEARS, linear_operands
 from benchmarks.kernels import ERROR_LIMIT, Candidate, Kernels, LinearProblem, graph_us, read_bandwidth, write_tuned
+from dscompile.codegen.bulk_kernels import bulk_request, takes_bulk
 from dscompile.codegen.int8_kernels import int8_row_request, quantize_request
 from dscompile.codegen.linear_kernels import prepared, row_request, tile_request, without_prologue
 from dscompile.codegen.operands import KernelContext
-from dscompile.codegen.tune import linear_candidates
+from dscompile.codegen.tune import bulk_candidates, linear_candidates
+from dscompile.codegen.tuned_table import WIDEST_TILE
 from dscompile.runtime.int8 import quantize_rows
 from dscompile.runtime.plan import Linear, Quantization
 
@@ -65,6 +67,11 @@ def candidates(spec: Linear, dtype: str, tokens: int, context: KernelContext, li
     inner, bound = spec, operands
     if by_token:
         inner, bound = without_prologue(spec), {**operands, "in.x": prepared(spec, "int8")}
+    for bulk in bulk_candidates() if by_token and tokens > WIDEST_TILE else ():
+        if takes_bulk(inner, bound, context, bulk):
+            request, arguments, programs = bulk_request(inner, bound, bulk, context)
+            args = tuple("scratch.rows" if a == "in.x" else a for a in arguments.args)
+            found.append(Candidate(request, args, (programs, 1, 1), asdict(bulk)))
     for config in configs:
         request, arguments, tiles = tile_request(inner, bound, config)
         args = tuple("scratch.rows" if by_token and a == "in.x" else a for a in arguments.args)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -24,7 +25,7 @@ import torch
 from benchmarks.kernel_shapes import ATTENTIONS, LINEARS, attention_operands, linear_operands
 from dscompile.codegen.aot import KernelError, compile_kernels
 from dscompile.codegen.attention_kernels import DecodeConfig, decode_request
-from dscompile.codegen.emit import KernelRequest
+from dscompile.codegen.emit import DESCRIPTOR_BYTES, KernelRequest
 from dscompile.codegen.linear_kernels import prepares_rows, row_request, tile_request, without_prologue
 from dscompile.codegen.operands import KernelContext, Operands
 from dscompile.codegen.ring_kernels import ring_request, takes_ring
@@ -78,6 +79,7 @@ class Kernels:
         self.driver = Driver()
         self.loaded: dict[str, tuple] = {}
         self.failed: dict[str, str] = {}
+        self.descriptors: list[torch.Tensor] = []  # memory that bound launches use
 
     def prepare(self, requests: list[KernelRequest]) -> None:
         unique = {r.name: r for r in requests if r.name not in self.loaded and r.name not in self.failed}
@@ -102,7 +104,9 @@ class Kernels:
             function = table.functions[request.name]
             self.loaded[request.name] = (kernel, function)
         numbers = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in values]
-        launch = PreparedLaunch(self.driver, function, kernel.params, numbers)
+        memory = torch.empty(math.prod(grid) * request.descriptors * DESCRIPTOR_BYTES, dtype=torch.uint8, device="cuda")
+        self.descriptors.append(memory)
+        launch = PreparedLaunch(self.driver, function, kernel.params, numbers, memory.data_ptr())
         launch.set_grid(grid)
         return launch
 

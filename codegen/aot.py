@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dscompile.codegen import targets as gpu
-from dscompile.codegen.emit import KernelRequest, render
+from dscompile.codegen.emit import DESCRIPTOR_BYTES, KernelRequest, render
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.plan import Cubin, Kernel
 
@@ -91,6 +91,8 @@ def _build(request: KernelRequest, target: str, kernels_dir: Path, workers: _Wor
     limit = gpu.shared_limit((target,))
     if facts["shared"] > limit:
         raise KernelError(f"{request.name} asks for {facts['shared']} bytes of shared memory, {target} has {limit}")
+    if facts["scratch"] != request.descriptors * DESCRIPTOR_BYTES:
+        raise KernelError(f"{request.name} builds {facts['scratch']} bytes of descriptors, not {request.descriptors}")
     return Cubin(
         file=f"{kernels_dir.name}/{path.name}",
         symbol=facts["symbol"],

@@ -32,6 +32,8 @@ TRITON_TYPE = {
     "uint8": "u8",
 }
 
+DESCRIPTOR_BYTES = 128
+
 
 @dataclass(frozen=True)
 class Param:
@@ -51,6 +53,7 @@ class KernelRequest:
     constexprs: numbers become constants of the source (NAME = tl.constexpr(...)); all are visible to Jinja
     structure:  what only Jinja reads: switches and lists that shape the text
     params:     run-time parameters in order
+    descriptors: tensor descriptors that each program builds for the copy engine, DESCRIPTOR_BYTES each
     pdl:        waits for and releases neighbours by programmatic dependent launch, on targets that can
     """
 
@@ -62,6 +65,7 @@ class KernelRequest:
     num_stages: int = 3
     pdl: bool = True
     num_ctas: int = 1
+    descriptors: int = 0
     structure: dict[str, Any] = field(default_factory=dict)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from dscompile.codegen.bulk_kernels import bulk_launch, bulk_request, takes_bulk
 from dscompile.codegen.emit import KernelRequest, kernel_request
 from dscompile.codegen.linear_kernels import (
     TILE_RANGES,
@@ -17,11 +18,10 @@ from dscompile.codegen.linear_kernels import (
 from dscompile.codegen.linear_structure import arguments_of, numbers_of, structure_of
 from dscompile.codegen.operands import Arguments, KernelContext, Operands, ceil_div, next_power_of_2
 from dscompile.codegen.row_kernels import row_norm_launch
-from dscompile.codegen.tuned_table import Int8RowConfig, int8_row_config
+from dscompile.codegen.tuned_table import BULK_TOKENS, BulkConfig, Int8RowConfig, bulk_config, int8_row_config
 from dscompile.runtime.plan import Case, Extent, Launch, Linear, Program, Quantization
 
-PREFILL_TOKENS = 2048
-RANGES = (*TILE_RANGES, (TILE_RANGES[-1][1] + 1, PREFILL_TOKENS))
+RANGES = (*TILE_RANGES, (TILE_RANGES[-1][1] + 1, BULK_TOKENS))
 
 
 def int8_linear_program(
@@ -38,7 +38,11 @@ def int8_linear_program(
     for _, high in RANGES:
         last = high == RANGES[-1][1]
         config = choose_config(inner, rows, high, context)
-        launch = tile_launch(inner, rows, replace(config, splits=1) if last else config, draft)
+        bulk = bulk_config(inner, context)
+        if last and takes_bulk(inner, rows, context, bulk):
+            launch = _bulk_launch(inner, rows, context, bulk, draft)
+        else:
+            launch = tile_launch(inner, rows, replace(config, splits=1) if last else config, draft)
         cases.append(Case(first, 0 if last else high, (prepare, reading_scratch(launch))))
         first = high + 1
     return draft.program(cases)
@@ -86,6 +90,14 @@ def quantize_request(spec: Linear, operands: Operands) -> tuple[KernelRequest, L
     """A linear's prologue and the rounding of its rows, into scratch.rows and scratch.scales."""
     assert spec.quantization is not None
     return row_norm_launch(spec, operands, spec.in_features, quantized=spec.quantization.activations)
+
+
+def _bulk_launch(spec: Linear, operands: Operands, context: KernelContext, config: BulkConfig, draft: Draft) -> Launch:
+    request, arguments, programs = bulk_request(spec, operands, config, context)
+    draft.requests.append(request)
+    launch, size = bulk_launch(request, arguments, programs)
+    draft.reserve("descriptors", "1", size)
+    return launch
 
 
 def _quantize_rows(spec: Linear, operands: Operands, draft: Draft) -> Launch:

@@ -12,6 +12,7 @@ from dscompile.codegen.ring_kernels import supports_ring
 from dscompile.codegen.tuned_table import (
     RING_COLUMNS,
     WIDEST_TILE,
+    BulkConfig,
     Int8RowConfig,
     RingConfig,
     RowConfig,
@@ -56,6 +57,11 @@ def linear_candidates(
     if tokens > 1:
         return tile_candidates(spec, tokens, context)
     return int8_row_candidates(spec) if rounds_rows(spec) else row_candidates(spec)
+
+
+def bulk_candidates() -> list[BulkConfig]:
+    """Configurations for many int8 rows that the copy engine brings."""
+    return [BulkConfig(), BulkConfig(stages=3), BulkConfig(256, 128), BulkConfig(128, 128, stages=6)]
 
 
 def row_candidates(spec: Linear) -> list[RowConfig]:

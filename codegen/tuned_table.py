@@ -14,6 +14,7 @@ from dscompile.runtime.plan import Linear
 
 TUNED = Path(__file__).parent / "tuned"
 WIDEST_TILE = 128
+BULK_TOKENS = 2048
 RING_COLUMNS = 64  # 128 bytes, what tensor cores read from shared memory without conflicts
 # Columns of a step by what the tensor cores multiply, which for int8 takes at least 32.
 HALF_COLUMNS = (256, 128, 64, 32, 16)
@@ -56,6 +57,18 @@ class TileConfig:
     splits: int = 1
     prefetch: int = 0
     evict_first: bool = True
+
+
+@dataclass(frozen=True)
+class BulkConfig:
+    """linear_int8_bulk: weight rows, tokens and columns of a tile, pipeline depth, blocks of tokens side by side."""
+
+    block_n: int = 128
+    block_t: int = 256
+    block_k: int = 128
+    num_warps: int = 8
+    stages: int = 4
+    group: int = 16
 
 
 def rounds_rows(spec: Linear) -> bool:
@@ -108,6 +121,15 @@ def int8_row_config(spec: Linear, context: KernelContext) -> Int8RowConfig:
     return Int8RowConfig() if spec.in_features <= 16384 else Int8RowConfig(block_n=4, prefetch=2)
 
 
+def bulk_config(spec: Linear, context: KernelContext) -> BulkConfig:
+    """The configuration for many int8 rows that the copy engine brings."""
+    entry = _measured(context, spec, "int8", BULK_TOKENS, BulkConfig)
+    if entry:
+        return BulkConfig(**entry)
+    # Measured on an H200: the sums of a gate and its up half are best as tall as wide, others wide in tokens.
+    return BulkConfig(256, 128) if any(s.gated for s in spec.segments) else BulkConfig()
+
+
 def tile_config(spec: Linear, dtype: str, tokens: int, context: KernelContext) -> TileConfig:
     """The configuration for tiles of `tokens` tokens of `dtype`, within the shared memory of every target."""
     entry = _measured(context, spec, dtype, tokens, TileConfig)
@@ -150,15 +172,17 @@ def ring_rule(spec: Linear, tokens: int, context: KernelContext) -> RingConfig:
     """The configuration for tiles of a shape that is in no table.
 
     Each program takes half of a multiprocessor's shared memory, so that the next kernel's weights are under way while
-    this one ends; where tiles of 64 weight rows are too few, programs share their columns, as many as run at once.
-    Blocks of 256 bytes, as each turn of the ring waits for the tensor cores once.
+    this one ends; where tiles of 64 weight rows are too few, programs share their columns: as many as run at once, and
+    half as many again for few tokens, whose parts are small. Blocks of 256 bytes, as each turn of the ring waits for
+    the tensor cores once.
     """
     sms = min(num_sms(t) for t in context.targets)
     block_t = min(WIDEST_TILE, max(8, next_power_of_2(tokens)))
     block_n = 128 if block_t >= 64 and spec.out_features >= 128 * 1.5 * sms else 64
     block_k = RING_COLUMNS * (2 if block_t < 64 else 1)
     tiles = ceil_div(spec.out_features, block_n)
-    splits = max(1, min(2 * sms // tiles, 4, spec.in_features // (4 * block_k)))
+    programs = (3 if block_t <= 16 else 2) * sms
+    splits = max(1, min(programs // tiles, 4, spec.in_features // (4 * block_k)))
     stage_bytes = 2 * block_k * (block_n + block_t)
     stages = min(6, context.shared_budget // 2 // stage_bytes)
     return RingConfig(block_n, block_t, block_k, 4 if block_n == 64 else 8, max(2, stages), splits)

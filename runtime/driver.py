@@ -13,7 +13,7 @@ LAUNCH_CLUSTER_POLICY = 5
 LAUNCH_PROGRAMMATIC_DEPENDENCY = 6
 CLUSTER_POLICY_SPREAD = 1
 MEMORY_HOST, MEMORY_DEVICE = 1, 2
-HIDDEN_PARAMETERS = 2  # Triton appends pointers to global scratch and to profiling scratch; ours use neither
+HIDDEN_PARAMETERS = 2  # Triton appends pointers to memory for tensor descriptors and to memory for profiling
 
 _FLOAT_FORMATS = {"fp16": ("<e", "<H"), "fp32": ("<f", "<I"), "fp64": ("<d", "<Q")}
 
@@ -152,12 +152,20 @@ class Driver:
 class PreparedLaunch:
     """A kernel bound to its arguments, so that a launch changes only the sizes that differ from the last one."""
 
-    def __init__(self, driver: Driver, function: Function, types: tuple[str, ...], values: list[int | float]) -> None:
+    def __init__(
+        self,
+        driver: Driver,
+        function: Function,
+        types: tuple[str, ...],
+        values: list[int | float],
+        descriptors: int = 0,
+    ) -> None:
+        """descriptors: address of the memory in which its programs build tensor descriptors, for kernels that do."""
         if len(types) != len(values):
             raise ValueError(f"{len(values)} arguments for {len(types)} parameters")
         num_slots = len(values) + HIDDEN_PARAMETERS
         bits = [argument_bits(kind, value) for kind, value in zip(types, values, strict=True)]
-        self.slots = (ctypes.c_uint64 * num_slots)(*bits, *[0] * HIDDEN_PARAMETERS)
+        self.slots = (ctypes.c_uint64 * num_slots)(*bits, descriptors, 0)
         base = ctypes.addressof(self.slots)
         self._parameters = (ctypes.c_void_p * num_slots)(*[base + 8 * i for i in range(num_slots)])
         self._attributes = launch_attributes(function)

@@ -93,7 +93,8 @@ class BoundKernel:
         self._sized = [(i, name) for i, name in enumerate(names) if name in SIZES or name == "blocks"]
         sized = {i for i, _ in self._sized}
         values: list[int | float] = [0 if i in sized else bindings.address(name) for i, name in enumerate(names)]
-        self._prepared = PreparedLaunch(driver, function, kernel.params, values)
+        descriptors = bindings.address(launch.descriptors) if launch.descriptors else 0
+        self._prepared = PreparedLaunch(driver, function, kernel.params, values, descriptors)
         self._extents = launch.grid
         self._sizes: Sizes | None = None
         self._empty = False

@@ -304,6 +304,7 @@ class Launch:
       step.NAME                 tokens positions seq_starts context_lens logit_rows block_table slots (int32), and what
                                 sampling and advancing keep on the device (see cuda_state.StateLayout)
       T B R                     sizes, int32;  blocks: row stride of step.block_table, int32
+    descriptors: the scratch memory in which each program of the kernel builds its tensor descriptors, if it does
     rows: of the weight, and of the bias, that a library's product takes; None: all.
     """
 
@@ -311,6 +312,7 @@ class Launch:
     target: str
     args: tuple[str, ...]
     grid: tuple[Extent, ...] = ()
+    descriptors: str = ""
     rows: tuple[int, int] | None = None
 
 

@@ -232,7 +232,7 @@ def _norm(norm: Norm | None, role: str, width: int) -> dict:
 def _check_launch(plan: Plan, launch: Launch, scratch: set[str]) -> None:
     if launch.kind == "kernel":
         _need(launch.target in plan.kernels, f"launches {launch.target!r}, which does not exist")
-    for arg in launch.args:
+    for arg in (*launch.args, launch.descriptors):
         if arg.startswith("scratch."):
             _need(arg.removeprefix("scratch.") in scratch, f"uses {arg!r}, which it does not reserve")
 

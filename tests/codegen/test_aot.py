@@ -13,7 +13,7 @@ from dscompile.codegen.operands import KernelContext, Operand
 from dscompile.codegen.select import programs_for
 from dscompile.codegen.targets import shared_limit
 from dscompile.runtime.errors import UserError
-from dscompile.runtime.plan import Attention, Embed, KVGroup, Linear, Moe, Norm, Router, RowNorm, Segment
+from dscompile.runtime.plan import Attention, Embed, KVGroup, Linear, Moe, Norm, Quantization, Router, RowNorm, Segment
 
 TARGETS = ("sm_80", "sm_90")
 DTYPE = "float16"
@@ -79,6 +79,32 @@ def test_every_template_compiles_within_the_targets_limits(tmp_path: Path) -> No
             assert kernel.template not in ("linear_row", "moe_up_row", "moe_down_row") or cubin.spills == 0, name
             assert cubin.pdl == (target == "sm_90")
         assert (tmp_path / "out" / kernel.source).read_text().startswith('"""')
+
+
+def wide(segment: Segment, residuals: int, out: str = "bfloat16") -> tuple[Linear, dict[str, Operand]]:
+    """A linear of int8 rows for many tokens, as large as the copy engine's tiles."""
+    spec = Linear(4096, 8192, (segment,), bias=True, residuals=residuals, quantization=Quantization("token"))
+    roles = {"in.x": "bfloat16", "w.weight_scale": "float32", "w.bias": "bfloat16", "out.y0": out}
+    roles |= {f"in.residual{i}": "bfloat16" for i in range(residuals)}
+    operands = {role: Operand(dtype, 8192) for role, dtype in roles.items()}
+    return spec, operands | {"w.weight": Operand("int8", 4096, (8192, 4096))}
+
+
+@pytest.mark.parametrize("segment,residuals", [(Segment(0, 8192), 2), (Segment(0, 8192, "silu", gated=True), 1)])
+def test_kernels_of_the_copy_engine_say_what_their_descriptors_take(segment, residuals, tmp_path: Path) -> None:
+    requests = programs_for(*wide(segment, residuals), context(("sm_90",)))[1]
+    requests = tuple(r for r in requests if r.template == "linear_int8_bulk")
+    assert [r.descriptors for r in requests] == [2]
+    (kernel,) = compile_kernels(requests, ("sm_90",), tmp_path / "kernels").values()
+    assert kernel.cubins["sm_90"].shared <= shared_limit(("sm_90",))
+    with pytest.raises(KernelError, match="builds 256 bytes of descriptors, not 1"):
+        compile_kernels([replace(requests[0], descriptors=1)], ("sm_90",), tmp_path / "other")
+
+
+@pytest.mark.parametrize("targets,out", [(("sm_80", "sm_90"), "bfloat16"), (("sm_90",), "float32")])
+def test_the_copy_engine_is_left_out_where_it_is_missing_or_its_tiles_too_large(targets, out) -> None:
+    requests = programs_for(*wide(Segment(0, 8192), 0, out), context(targets))[1]
+    assert "linear_int8_bulk" not in {r.template for r in requests}
 
 
 def test_cubins_are_the_same_bytes_in_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from dscompile.codegen import int8_kernels, linear_kernels
-from dscompile.codegen.tuned_table import Int8RowConfig, TileConfig
-from dscompile.runtime.plan import Linear, Quantization, Segment
+from dscompile.codegen.select import programs_for
+from dscompile.codegen.tuned_table import BulkConfig, Int8RowConfig, TileConfig
+from dscompile.runtime.plan import Linear, Norm, Quantization, Segment
 from tests.codegen import oracle
-from tests.codegen.interpreted.harness import run
+from tests.codegen.interpreted.harness import context, operands, run
 from tests.codegen.interpreted.test_linear import HEADS, SPECS, K, N, tensors_for
 from tests.helpers import rms_ratio
 
@@ -102,3 +103,25 @@ def test_rows_of_zeros_give_zeros_and_nan_gives_nan(rows: int) -> None:
 @pytest.mark.parametrize("rows", [1, 5])
 def test_columns_that_make_no_whole_words(rows: int) -> None:
     check(Linear(53, N, (Segment(0, N),)), TOKEN, rows, torch.float32)
+
+
+WIDE = {
+    "plain": Linear(80, 96, (Segment(0, 96),), residuals=1),
+    "bias": Linear(64, 40, (Segment(0, 40, "gelu_tanh"),), bias=True),
+    "packed": Linear(80, 100, (Segment(0, 64), Segment(64, 80), Segment(80, 100, "silu")), bias=True),
+    "gated": Linear(80, 92, (Segment(0, 92, "silu", gated=True),)),
+    "norm": Linear(48, 80, (Segment(0, 80),), norm=Norm("rms", 1e-6)),
+}
+
+
+@pytest.mark.parametrize("how", ["token", "tensor"])
+@pytest.mark.parametrize("name", WIDE)
+def test_blocks_that_the_copy_engine_brings(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows, columns and tokens that fill no block, several groups of blocks of tokens, tiles in several segments."""
+    small = BulkConfig(block_n=16, block_t=16, block_k=32, group=4)
+    monkeypatch.setattr(int8_kernels, "bulk_config", lambda *_: small)
+    rows = 135
+    spec, tensors = quantized(WIDE[name], HOW[how], rows, rows, torch.float16)
+    _, requests = programs_for(spec, operands(tensors), context())
+    assert "linear_int8_bulk" in {r.template for r in requests}
+    check(WIDE[name], HOW[how], rows, torch.float16)
