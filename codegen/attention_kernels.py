@@ -23,6 +23,9 @@ from dscompile.runtime.plan import Attention, Case, Extent, Launch, Program, Scr
 # Ranges of sequences with a number of splits each.
 DECODE_RANGES = ((1, 1), (2, 4), (5, 8), (9, 16), (17, 32), (33, 64), (65, 0))
 MAX_SPLITS = 32
+# The longest limit for which one sequence is attended to in the widest steps. On an H200 a layer of Llama-3-8B takes
+# 3.3 us less of 192 tokens with them and 12 us more of 32,000.
+SHORT_CONTEXTS = 8192
 
 
 def attention_program(
@@ -69,14 +72,19 @@ def decode_config(spec: Attention, operands: Operands, context: KernelContext, l
 
     A program spends most of its time waiting. Measured on an H200: where there are many tasks (a sequence's key-value
     head each), programs of one warp with few keys, of which a multiprocessor holds many; where there are few, long
-    steps of wide programs, the keys cut into parts that fill the GPU.
+    steps of wide programs, the keys cut into parts that fill the GPU. Of one sequence all keys of a short context are
+    under way before the wait, in one part.
     """
     sms = min(num_sms(t) for t in context.targets)
     tasks, columns = spec.num_kv_heads * high, max(spec.head_dim, spec.v_head_dim)
     longest = ceil_div(spec.window or context.max_seq_len, 64)
     splits = max(1, min(2 * sms // (low * spec.num_kv_heads), MAX_SPLITS, longest))
-    if multiplies_in_registers(operands, context) or context.kv_groups[spec.group].dtype == "int8":
+    if multiplies_in_registers(operands, context):
         return DecodeConfig(splits, keys_of_a_step(spec, operands, context))
+    if context.kv_groups[spec.group].dtype == "int8":
+        return _int8_decode_config(splits, tasks, columns, high)
+    if high == 1 and (one := _one_sequence_config(spec, splits, columns, context)):
+        return one
     if tasks >= 512:
         return DecodeConfig(max(1, min(1024 // tasks, longest)), 16 if columns > 64 else 32, 2, 1)
     if columns > 128 or 64 <= tasks < 256:
@@ -84,6 +92,31 @@ def decode_config(spec: Attention, operands: Operands, context: KernelContext, l
     wide = DecodeConfig(splits, 128, 2, 8 if tasks >= 256 else 4)
     fits = 2 * wide.keys * wide.stages * 2 * next_power_of_2(columns) <= 0.9 * context.shared_budget
     return wide if fits else DecodeConfig(splits, 64, 2)
+
+
+def _one_sequence_config(spec: Attention, splits: int, columns: int, context: KernelContext) -> DecodeConfig | None:
+    """Steps that hold a short context whole, where they pay: of longer ones they take more time than narrow steps."""
+    if 128 < columns <= 256:
+        return DecodeConfig(splits, 32, 1, 8)
+    keys, longest = 256, spec.window or context.max_seq_len
+    group = spec.num_heads // spec.num_kv_heads
+    fits = 2 * keys * next_power_of_2(columns) <= 0.7 * context.shared_budget
+    if longest > SHORT_CONTEXTS or group > 16 or columns > 128 or not fits:
+        return None
+    # A program of so many registers has a multiprocessor to itself.
+    sms = min(num_sms(t) for t in context.targets)
+    splits = min(sms // spec.num_kv_heads, MAX_SPLITS, ceil_div(longest, keys))
+    return DecodeConfig(max(1, splits), keys, 1, 8)
+
+
+def _int8_decode_config(splits: int, tasks: int, columns: int, high: int) -> DecodeConfig:
+    """The configuration for a cache of int8. Measured on an H200: Llama-3-8B, 1 sequence of 192 to 32,000 tokens, and
+    32 of 2,048."""
+    if columns > 128:
+        return DecodeConfig(splits, 32)
+    if high == 1:
+        return DecodeConfig(splits, 128, 2)
+    return DecodeConfig(max(1, 512 // tasks), 64, 2, 2) if tasks >= 256 else DecodeConfig(splits, 64)
 
 
 def decode_request(
