@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 from dscompile.codegen.emit import KernelRequest, render
 from dscompile.runtime.plan import Case, Extent, Launch, Program
@@ -58,6 +59,8 @@ class JitRunner:
         options: dict[str, Any] = {"num_warps": request.num_warps, "num_stages": request.num_stages}
         if self._device != "cpu" and request.pdl and torch.cuda.get_device_capability()[0] >= 9:
             options["launch_pdl"] = True
+        if launch.descriptors:
+            triton.set_allocator(lambda *_: bind(launch.descriptors))
         self._functions[launch.target][grid](*values, **options)
 
     @staticmethod
