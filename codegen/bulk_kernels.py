@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dscompile.codegen.emit import DESCRIPTOR_BYTES, KernelRequest, kernel_request
+from dscompile.codegen.emit import KernelRequest, kernel_request
 from dscompile.codegen.linear_structure import arguments_of, bind_input_scale, numbers_of, structure_of
 from dscompile.codegen.memory import ITEM_SIZE
 from dscompile.codegen.operands import Arguments, KernelContext, Operands
-from dscompile.codegen.targets import capability
+from dscompile.codegen.targets import are_hopper
 from dscompile.codegen.tuned_table import BulkConfig, num_sms
-from dscompile.runtime.plan import Extent, Launch, Linear
+from dscompile.runtime.plan import Linear
 
-HOPPER = 90
 DESCRIPTORS = 2
 COPIED_BYTES = 16
 
@@ -25,7 +24,7 @@ def takes_bulk(spec: Linear, operands: Operands, context: KernelContext, config:
     whole = structure["uniform"] or (structure["gating"] == "all" and len(spec.segments) == 1)
     copied = all(o.aligned and o.stride % COPIED_BYTES == 0 for o in (operands["in.x"], operands["w.weight"]))
     short = all(ITEM_SIZE[operands[f"out.y{i}"].dtype] <= 2 for i in range(len(spec.segments)))
-    return whole and short and copied and all(capability(t) == HOPPER for t in context.targets)
+    return whole and short and copied and are_hopper(context.targets)
 
 
 def bulk_request(
@@ -52,9 +51,3 @@ def bulk_request(
         descriptors=DESCRIPTORS,
     )
     return request, arguments, programs
-
-
-def bulk_launch(request: KernelRequest, arguments: Arguments, programs: int) -> tuple[Launch, int]:
-    """Launch it; and the bytes of scratch.descriptors, in which each program builds its own."""
-    launch = Launch("kernel", request.name, arguments.args, (Extent(programs),), descriptors="scratch.descriptors")
-    return launch, programs * request.descriptors * DESCRIPTOR_BYTES

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dscompile.codegen.bulk_kernels import bulk_launch, bulk_request, takes_bulk
-from dscompile.codegen.emit import KernelRequest, kernel_request
+from dscompile.codegen.bulk_kernels import bulk_request, takes_bulk
+from dscompile.codegen.emit import DESCRIPTOR_BYTES, KernelRequest, kernel_request
 from dscompile.codegen.linear_kernels import (
     TILE_RANGES,
     Draft,
@@ -95,9 +95,8 @@ def quantize_request(spec: Linear, operands: Operands) -> tuple[KernelRequest, L
 def _bulk_launch(spec: Linear, operands: Operands, context: KernelContext, config: BulkConfig, draft: Draft) -> Launch:
     request, arguments, programs = bulk_request(spec, operands, config, context)
     draft.requests.append(request)
-    launch, size = bulk_launch(request, arguments, programs)
-    draft.reserve("descriptors", "1", size)
-    return launch
+    draft.reserve("descriptors", "1", programs * request.descriptors * DESCRIPTOR_BYTES)
+    return Launch("kernel", request.name, arguments.args, (Extent(programs),), descriptors="scratch.descriptors")
 
 
 def _quantize_rows(spec: Linear, operands: Operands, draft: Draft) -> Launch:

@@ -15,8 +15,8 @@ from dscompile.codegen.attention_structure import (
 )
 from dscompile.codegen.emit import KernelRequest, kernel_request
 from dscompile.codegen.operands import Arguments, KernelContext, Operands, next_power_of_2
-from dscompile.codegen.ring_kernels import HOPPER, TYPES
-from dscompile.codegen.targets import capability
+from dscompile.codegen.ring_kernels import TYPES
+from dscompile.codegen.targets import are_hopper
 from dscompile.codegen.tuned_table import num_sms
 from dscompile.runtime.plan import Attention, Extent, Launch
 
@@ -76,9 +76,10 @@ def takes_ring(spec: Attention, operands: Operands, context: KernelContext) -> b
     """Whether attention_ring serves: every target has Hopper's tensor cores, and heads and their cache are whole blocks
     of 16-bit numbers."""
     dtype = operands["in.q"].dtype
-    hopper = all(capability(t) == HOPPER for t in context.targets)
     halves = dtype in TYPES and context.kv_groups[spec.group].dtype == dtype
-    return hopper and halves and spec.head_dim == spec.v_head_dim and spec.head_dim in (64, 128, 256)
+    return (
+        are_hopper(context.targets) and halves and spec.head_dim == spec.v_head_dim and spec.head_dim in (64, 128, 256)
+    )
 
 
 def prefill_launch(

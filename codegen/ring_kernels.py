@@ -7,20 +7,18 @@ from math import gcd
 from dscompile.codegen.emit import KernelRequest, kernel_request
 from dscompile.codegen.linear_structure import arguments_of, numbers_of, structure_of
 from dscompile.codegen.operands import Arguments, KernelContext, Operands, ceil_div
-from dscompile.codegen.targets import capability
+from dscompile.codegen.targets import are_hopper
 from dscompile.codegen.tuned_table import RING_COLUMNS, RingConfig
 from dscompile.runtime.plan import Linear
 
 LANES = 32
-HOPPER = 90
 TYPES = ("float16", "bfloat16")
 
 
 def supports_ring(spec: Linear, dtype: str, context: KernelContext) -> bool:
     """Whether every target has Hopper's tensor cores, and the columns are several whole blocks of 16-bit numbers."""
-    hopper = all(capability(t) == HOPPER for t in context.targets)
     blocks, rest = divmod(spec.in_features, RING_COLUMNS)
-    return hopper and spec.quantization is None and dtype in TYPES and blocks > 1 and not rest
+    return are_hopper(context.targets) and spec.quantization is None and dtype in TYPES and blocks > 1 and not rest
 
 
 def takes_ring(spec: Linear, operands: Operands, context: KernelContext) -> bool:

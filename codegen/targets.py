@@ -41,6 +41,11 @@ def has_pdl(target: str) -> bool:
     return capability(target) >= 90
 
 
+def are_hopper(targets: tuple[str, ...]) -> bool:
+    """Whether all are 9.0, whose tensor cores multiply from shared memory and whose copy engine fills it."""
+    return all(capability(t) == 90 for t in targets)
+
+
 def supports(target: str, dtype: str) -> bool:
     """Whether the architecture computes in `dtype`; bfloat16 needs sm_80."""
     return dtype != "bfloat16" or capability(target) >= 80
