@@ -42,6 +42,7 @@ PROMPT = f"--models {LLAMA} --batch 1 --prompt 2048 --new 16"
 WEIGHTS_ALONE = f"--models {LLAMA} --batch 1,8 --quant int8-weight-only"
 JOBS = (
     Job(f"decode --models {LLAMA} --name decode-{LLAMA}", (LLAMA,)),
+    Job(f"decode --models {LLAMA} --batch 8,32,128 --new 256 --name decode-{LLAMA}-384", (LLAMA,)),
     Job(f"decode --models {LLAMA} {WORDS_HEAD} --name decode-{LLAMA}-int8", (LLAMA,), WITH_HEAD),
     Job(f"decode --models {BLOOM} --prompt 8 --new 100 --name decode-{BLOOM}-short", (BLOOM,)),
     Job(f"decode --models {GPTJ} --name decode-{GPTJ}", (GPTJ,)),

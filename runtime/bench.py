@@ -19,12 +19,13 @@ WARM_UPS = 2
 
 
 def bench(engine: Any, batches: Sequence[int], prompt_tokens: int, new_tokens: int, repeat: int) -> dict[str, Any]:
-    """Measure each batch size through `engine.generate`, host time included.
+    """Measure each batch size through the engine, host time included.
 
     returns: device, prompt_tokens, new_tokens, read_bandwidth (bytes/s, None on the CPU), and per batch size
-    prefill_ms, decode_step_ms and its deviation over the runs, tokens_per_second, bytes_per_step, and on a GPU
-    bandwidth_fraction and gpu_idle, the part of a step's time in which its captured graph does not run.
-    raises UserError for a batch size or a length the artifact was not compiled for.
+    prefill_ms, decode_step_ms (of steps in which all sequences decode) and its deviation over the runs,
+    tokens_per_second, bytes_per_step, and on a GPU bandwidth_fraction and gpu_idle, the part of a step's time in
+    which its captured graph does not run.
+    raises UserError for a batch size or a length the artifact was not compiled for, or too few new tokens.
     """
     _check(engine.plan, batches, prompt_tokens, new_tokens)
     bandwidth = read_bandwidth(engine.device) if engine.device.type == "cuda" else None
@@ -100,16 +101,13 @@ def gpu_idle(engine: Any, prompts: list[list[int]], new_tokens: int) -> float | 
 
     None where new_tokens are too few to tell.
     """
-    requests = [engine.add_request(p, max_new_tokens=new_tokens, ignore_eos=True) for p in prompts]
-    try:
-        while any(len(r.new_tokens) < 2 for r in requests):
-            engine.step()
+    replays: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def watch() -> None:
+        nonlocal replays
         replays = engine.executor.watch_replays()
-        while not any(r.done for r in requests):
-            engine.step()
-    finally:
-        for request in requests:
-            engine.cancel(request)
+
+    _seconds_and_steps(engine, prompts, new_tokens, watch)
     torch.cuda.synchronize(engine.device)
     if len(replays) < 3:
         return None
@@ -123,14 +121,13 @@ def _measure(
 ) -> dict[str, Any]:
     prompts = _prompts(engine.plan, batch, prompt_tokens)
     _generate(engine, prompts, new_tokens)
-    prefill = prefill_ms(engine, batch, prompt_tokens, repeat) / 1e3
-    whole = [_seconds(lambda: _generate(engine, prompts, new_tokens)) for _ in range(repeat)]
-    steps = [(seconds - prefill) / (new_tokens - 1) for seconds in whole]
+    prefill = prefill_ms(engine, batch, prompt_tokens, repeat)
+    steps = [_step_seconds(engine, prompts, new_tokens) for _ in range(repeat)]
     step = statistics.median(steps)
     size = bytes_per_step(engine.plan, batch, prompt_tokens + new_tokens // 2)
     return {
         "batch": batch,
-        "prefill_ms": 1e3 * prefill,
+        "prefill_ms": prefill,
         "decode_step_ms": 1e3 * step,
         "decode_step_ms_deviation": 1e3 * statistics.pstdev(steps),
         "tokens_per_second": batch / step,
@@ -138,6 +135,36 @@ def _measure(
         "bandwidth_fraction": size / step / bandwidth if bandwidth else None,
         "gpu_idle": gpu_idle(engine, prompts, new_tokens) if bandwidth else None,
     }
+
+
+def _step_seconds(engine: Any, prompts: list[list[int]], new_tokens: int) -> float:
+    """Mean seconds, host included, of the steps in which every sequence decodes."""
+    seconds, steps = _seconds_and_steps(engine, prompts, new_tokens, lambda: None)
+    if not steps:
+        raise UserError(
+            f"--new-tokens {new_tokens} is too few for {len(prompts)} prompts of {len(prompts[0])} tokens: the first "
+            "sequence ends before the last prompt is read; ask for more, or for a smaller --batch"
+        )
+    return seconds / steps
+
+
+def _seconds_and_steps(
+    engine: Any, prompts: list[list[int]], new_tokens: int, begin: Callable[[], None]
+) -> tuple[float, int]:
+    """Seconds and number of the steps from where every sequence decodes, when `begin` is called, to the first's end."""
+    requests = [engine.add_request(p, max_new_tokens=new_tokens, ignore_eos=True) for p in prompts]
+    try:
+        while not all(len(r.new_tokens) >= min(2, new_tokens - 1) for r in requests):
+            engine.step()
+        begin()
+        start, steps = perf_counter(), 0
+        while not any(r.done for r in requests):
+            engine.step()
+            steps += 1
+        return perf_counter() - start, steps
+    finally:
+        for request in requests:
+            engine.cancel(request)
 
 
 def _check(plan: Plan, batches: Sequence[int], prompt_tokens: int, new_tokens: int) -> None:

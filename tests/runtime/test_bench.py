@@ -1,4 +1,4 @@
-"""What a decode step must read: all of a model's weights, but of experts only those that are hit."""
+"""Decode steps are timed where all sequences decode; what one must read is all weights, of experts only those hit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import dataclasses
 
 import pytest
 
+from dscompile.runtime.bench import bench
+from dscompile.runtime.cpu_executor import CpuExecutor
+from dscompile.runtime.engine import Engine
+from dscompile.runtime.errors import UserError
 from dscompile.runtime.plan import Attention, Case, Launch, Moe, Program, Ref, Router, Step, Weight
 from dscompile.runtime.traffic import bytes_by_kernel, bytes_per_step, experts_hit
 from tests.runtime.models import make_model
@@ -45,3 +49,22 @@ def test_what_the_kernels_read_is_what_the_step_reads():
     found = bytes_by_kernel(plan, 3, 100)
     assert not any(name == "never" or name.startswith("prepare") for name in found)
     assert sum(found.values()) == bytes_per_step(plan, 3, 100)
+
+
+def test_only_steps_in_which_all_decode_are_timed(monkeypatch):
+    """Three prompts of 20 tokens are read in four steps of 16: the time of a step is made that of its tokens."""
+    model = make_model(max_step_tokens=16, max_batch=3)
+    engine, clock = Engine(CpuExecutor(model.plan, model.weights)), [0.0]
+    launch = engine.executor.launch
+
+    def counted(batch):
+        clock[0] += sum(row.num_tokens for row in batch.rows)
+        return launch(batch)
+
+    monkeypatch.setattr(engine.executor, "launch", counted)
+    monkeypatch.setattr("dscompile.runtime.bench.perf_counter", lambda: clock[0])
+    (measured,) = bench(engine, [3], 20, 12, 1)["batches"]
+    assert measured["decode_step_ms"] == 3000
+    assert not engine.has_work
+    with pytest.raises(UserError, match="--new-tokens 2 is too few for 3 prompts of 20 tokens"):
+        bench(engine, [3], 20, 2, 1)
