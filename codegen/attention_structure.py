@@ -69,6 +69,7 @@ def structure_of(spec: Attention, operands: Operands) -> dict:
         if norm is None:
             return None
         own = {"by_head": True} if spec.norm_by_head else {}
+        own |= {"rotated": True} if spec.weigh_rotated else {}
         return {"kind": norm.kind, "weight": norm.weight, "bias": norm.bias} | own
 
     return {

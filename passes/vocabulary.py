@@ -169,7 +169,7 @@ def attention(
 ) -> Tensor:
     """[1, T, Hq * D], [1, T, Hkv * D], [1, T, Hkv * Dv] -> [1, T, Hq * Dv], see `plan.Attention`."""
     q, k = (
-        _rotate(_head_norm(_heads(x, n), weights, role, spec), positions, weights, spec)
+        _positioned(x, n, role, positions, weights, spec)
         for x, n, role in ((q, spec.num_heads, "q_norm"), (k, spec.num_kv_heads, "k_norm"))
     )
     slopes = weights["alibi_slopes"].tolist() if spec.alibi else None
@@ -215,11 +215,24 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, -1))
 
 
+def _positioned(
+    x: Tensor, num_heads: int, role: str, positions: Tensor, weights: dict[str, Tensor], spec: AttentionSpec
+) -> Tensor:
+    """Heads of q or k after their norm `role` and the rotation."""
+    y = _rotate(_head_norm(_heads(x, num_heads), weights, role, spec), positions, weights, spec)
+    weight = weights.get(f"{role}_weight")
+    if weight is None or not spec.weigh_rotated:
+        return y
+    return y * (weight.view(y.shape[-2:]) if spec.norm_across_heads or spec.norm_by_head else weight)
+
+
 def _head_norm(x: Tensor, weights: dict[str, Tensor], role: str, spec: AttentionSpec) -> Tensor:
     rule = getattr(spec, role)
     if rule is None:
         return x
     weight, bias = weights.get(f"{role}_weight"), weights.get(f"{role}_bias")
+    if spec.weigh_rotated:
+        weight = None
     if spec.norm_across_heads:
         return norm(x.flatten(-2), weight, bias, rule).view(x.shape)
     by_head = spec.norm_by_head

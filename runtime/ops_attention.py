@@ -86,12 +86,13 @@ def _bind_prepare(spec: Attention, inputs: Tensors, weights: Tensors, dtype: tor
 
         return run_joined
     q_norm, k_norm = (_bind_head_norm(spec, weights, role, dtype) for role in ("q_norm", "k_norm"))
+    q_weigh, k_weigh = (_bind_weigh_rotated(spec, weights, role, dtype) for role in ("q_norm", "k_norm"))
     if not spec.norm_across_heads:
         q, k = q.view(heads), k.view(kv_heads)
 
     def run(step: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        rotated_q = rotate(q_norm(q.to(dtype)).view(heads), step)
-        return rotated_q, rotate(k_norm(k.to(dtype)).view(kv_heads), step)
+        rotated_q = q_weigh(rotate(q_norm(q.to(dtype)).view(heads), step))
+        return rotated_q, k_weigh(rotate(k_norm(k.to(dtype)).view(kv_heads), step))
 
     return run
 
@@ -99,6 +100,8 @@ def _bind_prepare(spec: Attention, inputs: Tensors, weights: Tensors, dtype: tor
 def _bind_head_norm(spec: Attention, weights: Tensors, role: str, dtype: torch.dtype):
     """The norm of q or k: of whole rows, or of heads [T, n, D] whose weights are shared or their own."""
     norm = getattr(spec, role)
+    if norm is not None and spec.weigh_rotated:
+        return bind_norm(dataclasses.replace(norm, weight=False), {}, role, dtype)
     if norm is None or not spec.norm_by_head:
         return bind_norm(norm, weights, role, dtype)
     bare = bind_norm(dataclasses.replace(norm, weight=False, bias=False), {}, role, dtype)
@@ -113,6 +116,16 @@ def _bind_head_norm(spec: Attention, weights: Tensors, role: str, dtype: torch.d
         return y if bias is None else y + bias
 
     return run
+
+
+def _bind_weigh_rotated(spec: Attention, weights: Tensors, role: str, dtype: torch.dtype):
+    """Rotated heads [T, n, D] times the weights of their norm, where those come after the rotation."""
+    norm = getattr(spec, role)
+    if norm is None or not norm.weight or not spec.weigh_rotated:
+        return lambda x: x
+    weight = weights[f"{role}_weight"].to(dtype)
+    weight = weight.view(-1, spec.head_dim) if spec.norm_across_heads or spec.norm_by_head else weight
+    return lambda x: x * weight
 
 
 def _bind_rotate(spec: Attention, weights: Tensors, dtype: torch.dtype):

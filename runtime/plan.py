@@ -122,6 +122,7 @@ class Attention:
     q [T, num_heads * head_dim], k [T, num_kv_heads * head_dim], v [T, num_kv_heads * v_head_dim], head-major.
     Optional q_norm and k_norm come first: per head over head_dim, or over the whole row if `norm_across_heads`. Heads
     share the weights of their norm [head_dim] unless `norm_by_head`; by head and across heads they have their own.
+    weigh_rotated: the norms' weights multiply after the rotation; then the norms are rms and have no bias.
     Rotary embedding acts on the first `rotary_dim` columns of each head, in the half-split layout
     (y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin, halves of the rotated part; Su et al. 2021); models that interleave
     have had their q and k rows permuted by the compiler.
@@ -154,6 +155,7 @@ class Attention:
     k_norm: Norm | None = None
     norm_across_heads: bool = False
     norm_by_head: bool = False
+    weigh_rotated: bool = False
     alibi: bool = False
     sinks: bool = False
 

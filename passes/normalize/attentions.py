@@ -29,6 +29,7 @@ class Projection:
     norm_bias: fx.Node | None
     across_heads: bool
     by_head: bool = False
+    weighed_rotated: bool = False
 
 
 def canonical_attentions(graph: ModelGraph, log: Log) -> None:
@@ -58,7 +59,7 @@ def _replace(graph: ModelGraph, reader: OperandReader, node: fx.Node, layer: int
     rotation = _common_rotation(operands)
     if v.norm is not None:
         raise Unreadable("values are normalised")
-    if q.across_heads != k.across_heads or q.by_head != k.by_head:
+    if any(getattr(q, how) != getattr(k, how) for how in ("across_heads", "by_head", "weighed_rotated")):
         raise Unreadable("q and k are normalised differently")
     if operands[2].scale != 1.0:
         v.linear = scaled(graph, node, v.linear, operands[2].scale)
@@ -81,6 +82,7 @@ def _replace(graph: ModelGraph, reader: OperandReader, node: fx.Node, layer: int
         k_norm=k.norm,
         norm_across_heads=q.across_heads,
         norm_by_head=q.by_head,
+        weigh_rotated=q.weighed_rotated,
         alibi=given["alibi"] is not None,
         sinks=given["sinks"] is not None,
     )
@@ -92,15 +94,17 @@ def _replace(graph: ModelGraph, reader: OperandReader, node: fx.Node, layer: int
     result.replace_all_uses_with(new)
 
 
-def _before_norm(reader: OperandReader, operand: Operand) -> tuple[Operand, Norm | None]:
-    """What a norm without weights reads that comes after the rotation, and the norm: a rotation keeps the norm of a
-    head, so the two may change places."""
+def _before_norm(reader: OperandReader, operand: Operand) -> tuple[Operand, fx.Node | None]:
+    """What a norm reads that comes after the rotation, and the norm: a rotation keeps a head's norm, so the two may
+    change places if the norm's weights stay behind."""
     source = operand.sources[0]
     if len(operand.sources) > 1 or operand.rotation or source.target is not vocabulary.norm:
         return operand, None
     x, weight, bias, norm = source.args
     shape = source.meta["val"].shape
-    if weight is not None or bias is not None or norm.kind != "rms" or len(shape) != 4 or isinstance(shape[2], int):
+    if bias is not None or norm.kind != "rms" or len(shape) != 4 or isinstance(shape[2], int):
+        return operand, None
+    if weight is not None and weight.meta["val"].ndim > 1:
         return operand, None
     try:
         before = reader.read(x)
@@ -112,7 +116,7 @@ def _before_norm(reader: OperandReader, operand: Operand) -> tuple[Operand, Norm
     if not torch.equal(order, torch.arange(len(order))) or len(order) != torch.tensor(before.index).numel():
         return operand, None
     turn = before.rotation.cos.double() ** 2 + before.rotation.sin.double() ** 2
-    return (before, norm) if torch.allclose(turn, torch.ones_like(turn), rtol=1e-6) else (operand, None)
+    return (before, source) if torch.allclose(turn, torch.ones_like(turn), rtol=1e-6) else (operand, None)
 
 
 def _share_heads(q: Operand, k: Operand, v: Operand) -> list[Operand]:
@@ -126,9 +130,10 @@ def _share_heads(q: Operand, k: Operand, v: Operand) -> list[Operand]:
 
 
 def _projection(
-    graph: ModelGraph, reader: OperandReader, attention: fx.Node, operand: Operand, after: Norm | None, name: str
+    graph: ModelGraph, reader: OperandReader, attention: fx.Node, operand: Operand, after: fx.Node | None, name: str
 ) -> Projection:
-    """Make the linear behind an operand produce its columns in canonical order. after: a norm that follows."""
+    """Make the linear behind an operand produce its columns in canonical order. after: a norm that follows the
+    rotation."""
     source, index = operand.sources[0], torch.tensor(operand.index)
     if source.target is vocabulary.norm:
         return _normed(graph, reader, attention, operand, name)
@@ -136,7 +141,11 @@ def _projection(
         linear = assemble(graph, attention, operand, name)
     else:
         linear = _columns(graph, attention, source, index, name)
-    return Projection(linear, after, None, None, False)
+    if after is None:
+        return Projection(linear, None, None, None, False)
+    _, weight, _, norm = after.args
+    weight = select(graph, weight, torch.tensor(operand.order), f"{name}_norm")
+    return Projection(linear, norm, weight, None, False, weighed_rotated=weight is not None)
 
 
 def _columns(graph: ModelGraph, attention: fx.Node, source: fx.Node, index: torch.Tensor, name: str) -> fx.Node:

@@ -80,13 +80,15 @@ class Operand:
     """An attention operand [1, H, T, D]: canonical element (h, d) is `scale` * source element `index[h][d]`.
 
     sources: the nodes behind the layout; their elements are counted row-major at one token, one node after the other.
-    Canonical order within a head: first halves of the rotated pairs, second halves, the rest.
+    Canonical order within a head: first halves of the rotated pairs, second halves, the rest; `order` has each one's
+    column in the operand.
     """
 
     sources: tuple[fx.Node, ...]
     index: tuple[tuple[int, ...], ...]
     scale: float
     rotation: Rotation | None
+    order: tuple[int, ...]
 
 
 class OperandReader:
@@ -109,7 +111,7 @@ class OperandReader:
         index = self._integral(first)
         self._check_selection(node, index, factor, cosines, sources)
         if not frontier:
-            return Operand(sources, _rows(index), self._uniform(factor), None)
+            return Operand(sources, _rows(index), self._uniform(factor), None, tuple(range(index.shape[1])))
         passing = {n: torch.zeros_like(v) for n, v in sines.items()}
         second, partner_weight = (
             (self._run(node, x, sines) - self._run(node, x, passing))[0, :, 0].double() for x in (code, one)
@@ -118,10 +120,10 @@ class OperandReader:
         factor = factor[:, order]
         if not pairs:
             self._check_constant(node, frontier)
-            return Operand(sources, _rows(index), self._uniform(factor), None)
+            return Operand(sources, _rows(index), self._uniform(factor), None, tuple(range(index.shape[1])))
         scale = self._uniform(factor[:, 2 * pairs :] if 2 * pairs < len(order) else self._unrotated(node, one, cosines))
         rotation = self._rotation(node, sources, frontier, order, pairs, scale)
-        return Operand(sources, _rows(index[:, order]), scale, rotation)
+        return Operand(sources, _rows(index[:, order]), scale, rotation, tuple(order))
 
     def elements(self, node: fx.Node) -> tuple[fx.Node, Tensor]:
         """(source, element numbers in the node's shape at one token) of a node that only rearranges its source."""

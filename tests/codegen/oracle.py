@@ -119,12 +119,13 @@ def heads(spec: Attention, tensors: Tensors, x: str, positions: torch.Tensor) ->
     if spec_norm:
         y = y if spec.norm_across_heads else y.reshape(shape)
         own = [tensors.get(f"w.{x}_norm_{part}") for part in ("weight", "bias")]
+        own = [torch.ones_like(own[0]), None] if spec.weigh_rotated else own
         own = [w.reshape(shape[1:]) if spec.norm_by_head and w is not None else w for w in own]
         y = norm(spec_norm, y, *own)
     y = y.reshape(shape)
-    if not spec.rotary_dim:
-        return y
-    return rotate(y, tensors["w.rope_cos"][positions.long()], tensors["w.rope_sin"][positions.long()])
+    if spec.rotary_dim:
+        y = rotate(y, tensors["w.rope_cos"][positions.long()], tensors["w.rope_sin"][positions.long()])
+    return y * tensors[f"w.{x}_norm_weight"].reshape(-1, spec.head_dim) if spec.weigh_rotated else y
 
 
 def attend(spec: Attention, tensors: Tensors, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,10 @@ from dscompile.passes import vocabulary
 from dscompile.passes.normalize.attentions import canonical_attentions
 from dscompile.passes.normalize.cleanup import drop_noops
 from dscompile.passes.normalize.linears import canonical_linears
+from dscompile.passes.normalize.norms import canonical_norms
 from dscompile.passes.rule import Log
 from dscompile.runtime.errors import UserError
+from dscompile.runtime.plan import Norm
 from tests.helpers import rms_ratio
 from tests.passes.graphs import nodes, run, trace
 
@@ -40,11 +42,11 @@ def sums_of_halves(x, cos, sin):
 class Attention(nn.Module):
     """Packed or separate projections, a rotation of the first `rotary` columns of each head, dsc::attention."""
 
-    def __init__(self, rotate, rotary=DIM, packed=False, factor=1.0, break_pair=False, before=1.0, first=0):
+    def __init__(self, rotate, rotary=DIM, packed=False, factor=1.0, break_pair=False, before=1.0, first=0, after=None):
         super().__init__()
         torch.manual_seed(0)
         self.rotate, self.rotary, self.packed, self.factor, self.break_pair = rotate, rotary, packed, factor, break_pair
-        self.before, self.first = before, first
+        self.before, self.first, self.after = before, first, after
         self.table = nn.Embedding(VOCAB, WIDTH)
         self.q, self.k, self.v = (nn.Linear(WIDTH, h * DIM) for h in (HEADS, KV_HEADS, KV_HEADS))
         self.qkv = nn.Linear(WIDTH, 3 * HEADS * DIM)
@@ -67,6 +69,8 @@ class Attention(nn.Module):
             q, k = (
                 torch.cat([self.rotate(t[..., : self.rotary], cos, sin), t[..., self.rotary :]], -1) for t in (q, k)
             )
+        if self.after is not None:
+            q, k = self.after(q), self.after(k)
         y = torch.ops.dsc.attention(q, k, v, positions, 0, 0.25)
         return y.flatten(2)
 
@@ -113,6 +117,30 @@ def test_queries_scaled_before_they_are_rotated(rotary, first):
     canonical_attentions(graph, Log())
     assert nodes(graph, vocabulary.attention)[0].args[5].scale == 0.125
     assert rms_ratio(run(graph, module, tokens), module(tokens, torch.arange(7)[None])) < 1e-6
+
+
+@pytest.mark.parametrize("rotate", [half, interleaved])
+@pytest.mark.parametrize("weighed", [True, False])
+@pytest.mark.parametrize("rotary", [DIM, 8])
+def test_a_norm_of_rotated_heads_leaves_its_weights_behind(rotate, weighed, rotary):
+    module = Attention(rotate, rotary, after=nn.RMSNorm(DIM, eps=1e-3, elementwise_affine=weighed))
+    if weighed:
+        nn.init.normal_(module.after.weight)
+    graph = trace(module)
+    tokens = torch.randint(VOCAB, (1, 19))
+    for normalise in (drop_noops, canonical_linears, canonical_norms, canonical_attentions):
+        normalise(graph, Log())
+    spec = nodes(graph, vocabulary.attention)[0].args[5]
+    assert (spec.q_norm, spec.weigh_rotated) == (Norm("rms", 1e-3, weighed), weighed)
+    assert rms_ratio(run(graph, module, tokens), module(tokens, torch.arange(19)[None])) < 1e-6
+
+
+def test_a_norm_after_a_rotation_that_stretches_is_refused():
+    graph = trace(Attention(half, factor=1.25, after=nn.RMSNorm(DIM, eps=1e-3)))
+    for normalise in (drop_noops, canonical_linears, canonical_norms):
+        normalise(graph, Log())
+    with pytest.raises(UserError, match="depends on positions"):
+        canonical_attentions(graph, Log())
 
 
 def test_half_pairs_that_turn_by_different_angles_are_refused():

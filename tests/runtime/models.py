@@ -223,7 +223,7 @@ class _Builder:
             s.heads, s.kv_heads, s.head_dim, s.v_head_dim, 1.3 * s.head_dim**-0.5,
             group=self.kinds.index(window), index=s.windows[:layer].count(window), causal=s.causal, window=window,
             chunk=s.chunk, softcap=s.softcap, rotary_dim=rotary, q_norm=norm, k_norm=norm,
-            norm_across_heads=s.qk_norm == "across", alibi=s.bloom, sinks=s.sinks,
+            norm_across_heads=s.qk_norm == "across", weigh_rotated=s.qk_norm == "rotated", alibi=s.bloom, sinks=s.sinks,
         )  # fmt: skip
         return spec, bound
 
@@ -281,6 +281,8 @@ def _attend(qkv: torch.Tensor, w: dict[str, torch.Tensor], s: Shape, layer: int)
         q, k = _rms(q, w[f"q_norm.{layer}"]), _rms(k, w[f"k_norm.{layer}"])
     if not s.bloom and s.rotary_dim:
         q, k = _rotate(q, w, s), _rotate(k, w, s)
+    if s.qk_norm == "rotated":
+        q, k = _rms(q, w[f"q_norm.{layer}"]), _rms(k, w[f"k_norm.{layer}"])
     if s.kv_dtype == "int8":
         k, v = _as_int8(k), _as_int8(v)
     out = torch.zeros(n, s.heads, s.v_head_dim, dtype=torch.float64)

@@ -44,6 +44,15 @@ SPECS = {
         q_norm=Norm("layer", 1e-5, weight=True, bias=True),
         k_norm=Norm("rms", 1e-5, weight=True),
     ),
+    "weights_after_rotation": attention(
+        d=24, rotary_dim=16, weigh_rotated=True, **dict.fromkeys(("q_norm", "k_norm"), Norm("rms", 1e-5, weight=True))
+    ),
+    "own_weights_after_rotation": attention(
+        rotary_dim=16,
+        norm_by_head=True,
+        weigh_rotated=True,
+        **dict.fromkeys(("q_norm", "k_norm"), Norm("rms", 1e-5, weight=True)),
+    ),
     "narrow_values": attention(4, 2, 24, 10, rotary_dim=12),
     "encoder": attention(causal=False),
     "two_sided_window": attention(causal=False, window=9),

@@ -31,6 +31,9 @@ SPECS = {
     "own_norms": attention(
         rotary_dim=32, norm_by_head=True, q_norm=Norm("layer", 1e-5, weight=True), k_norm=Norm("rms", 1e-5, weight=True)
     ),
+    "weights_after_rotation": attention(
+        rotary_dim=64, weigh_rotated=True, **dict.fromkeys(("q_norm", "k_norm"), Norm("rms", 1e-5, weight=True))
+    ),
     "encoder": attention(causal=False),
     "two_sided_window": attention(causal=False, window=19),
 }
