@@ -1,6 +1,7 @@
 """Compile every architecture of the tests in float16 for the GPU at hand and hold it to the gate there.
 
     python -m benchmarks.coverage_gpu [NAME ...] [--seconds 65]
+    TRITON_INTERPRET=1 python -m benchmarks.coverage_gpu [NAME ...]    # without a GPU: kernels in the interpreter
 
 The configurations are those of docs/coverage.md. One process on each core takes them in turn; one that dies is
 replaced, so that a configuration that takes its GPU context down leaves the others alone. The result is written as it
@@ -29,25 +30,40 @@ from dscompile.runtime.report import Report
 from tests.compiler import configs, more_configs
 from tests.compiler.tiny import ENCODERS, OPTIONS, save_encoder, save_model
 
-SECONDS_EACH = 90
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SECONDS_EACH = 600 if INTERPRETED else 90
 _MARK = "coverage: "
 
 
 def compile_on_gpu(name: str, directory: Path) -> Report:
     """Compile a tiny random checkpoint in float16 and verify it, both on the GPU at hand.
 
-    The checkpoint holds float16: what the gate compares is then the rounding of activations alone.
     Raises VerificationError where the artifact computes something else.
     """
-    options = {"dtype": "float16", "target": "native", "max_batch": OPTIONS["max_batch"]}
-    if name in ENCODERS:
-        save_encoder(name, directory / "model", torch.float16)
-    else:
-        save_model(name, directory / "model", torch.float16)
-        options["max_seq_len"] = OPTIONS["max_seq_len"]
-    report = compile_model(directory / "model", directory / "out", **options)
+    report = compile_model(*_saved(name, directory), target="native", **_options(name))
     assert report.verification.kernels == "executed", "there is no GPU"
     return report
+
+
+def compile_without_gpu(name: str, directory: Path) -> Report:
+    """The same with the kernels in Triton's interpreter."""
+    from tests.runtime_cuda.interpreted_gate import compile_interpreted
+
+    return compile_interpreted(*_saved(name, directory), **_options(name))
+
+
+def _saved(name: str, directory: Path) -> tuple[Path, Path]:
+    """Write a checkpoint; where it is, and where its artifact goes.
+
+    It holds float16: what the gate compares is then the rounding of activations alone.
+    """
+    (save_encoder if name in ENCODERS else save_model)(name, directory / "model", torch.float16)
+    return directory / "model", directory / "out"
+
+
+def _options(name: str) -> dict[str, Any]:
+    own = {} if name in ENCODERS else {"max_seq_len": OPTIONS["max_seq_len"]}
+    return {"dtype": "float16", "max_batch": OPTIONS["max_batch"], **own}
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -55,7 +71,7 @@ def measure(name: str) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name, "passed": False}
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            report = compile_on_gpu(name, Path(scratch))
+            report = (compile_without_gpu if INTERPRETED else compile_on_gpu)(name, Path(scratch))
         except Exception as error:  # any failure is this row's result and must not end the others
             return row | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
         row |= {"passed": True, "fallbacks": len(report.fallbacks)}
@@ -143,7 +159,7 @@ class Run:
 
     def _write(self) -> None:
         result = {
-            "command": "python -m benchmarks.coverage_gpu",
+            "command": "TRITON_INTERPRET=1 " * INTERPRETED + "python -m benchmarks.coverage_gpu",
             "dtype": "float16",
             "passed": sum(row["passed"] for row in self._rows),
             "measured": len(self._rows),
@@ -177,11 +193,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("names", nargs="*", help="configurations of tests/compiler/tiny.py; all by default")
     parser.add_argument("--core", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=3600.0, help="start no configuration after so long")
-    parser.add_argument("--result", default="coverage_h200", help="name of the result")
+    name = "coverage_interpreted" if INTERPRETED else "coverage_h200"
+    parser.add_argument("--result", default=name, help="name of the result")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    if args.core is None and not torch.cuda.is_available():
-        parser.error("there is no GPU here; python -m benchmarks.coverage compiles for the CPU")
+    if args.core is None and not INTERPRETED and not torch.cuda.is_available():
+        parser.error("there is no GPU here; set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter")
     return args
 
 
