@@ -118,7 +118,6 @@ class CpuExecutor:
         return StepInputs(
             tokens=torch.tensor(tokens),
             positions=torch.tensor(positions),
-            seq_starts=torch.tensor(starts),
             context_lens=torch.tensor(contexts),
             logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
             block_tables=self._tables[1],

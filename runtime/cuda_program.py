@@ -94,7 +94,7 @@ class AtenStep:
 
 
 _NONE = torch.empty(0)
-_NO_INPUTS = StepInputs(_NONE, _NONE, _NONE, _NONE, _NONE, [], [], [], [])  # an ATen call reads none of them
+_NO_INPUTS = StepInputs(_NONE, _NONE, _NONE, _NONE, [], [], [], [])  # an ATen call reads none of them
 
 
 class Sequential:

@@ -51,16 +51,15 @@ class Batch:
 class StepInputs:
     """The inputs of a step as the plan's ops see them, on one device.
 
-    tokens [T], positions [T], seq_starts [B + 1] (first token of each sequence, then T), context_lens [B] (this
-    step's tokens included), logit_rows [R] (rows of T); per KV group block_tables[g] [B, blocks] and slots[g] [T]
-    (block * page_size + offset in the block; -1: not written). All int64 on the CPU.
-    starts, contexts: seq_starts and context_lens on the host.
+    tokens [T], positions [T], context_lens [B] (this step's tokens included), logit_rows [R] (rows of T); per KV group
+    block_tables[g] [B, blocks] and slots[g] [T] (block * page_size + offset in the block; -1: not written). All int64
+    on the CPU.
+    starts, contexts: on the host, the first token of each sequence, then T, and context_lens.
     cache: what ops share within the step. table_cache: what they derive from the block tables alone.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
-    seq_starts: torch.Tensor
     context_lens: torch.Tensor
     logit_rows: torch.Tensor
     block_tables: list[torch.Tensor]

@@ -25,7 +25,6 @@ from dscompile.runtime.plan import (
 )
 
 ROWS = ("T", "R")
-STEP_PROGRAMS = "step."
 
 
 class _Bad(Exception):

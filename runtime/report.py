@@ -132,9 +132,6 @@ class Report:
         """Activation bytes per token not moved, over the whole model."""
         return sum(c.count * region.bytes_saved for c in self.classes for _, region in c.steps())
 
-    def region_names(self) -> set[str]:
-        return {region.name for c in self.classes for region in c.regions}
-
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 

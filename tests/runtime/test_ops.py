@@ -18,8 +18,8 @@ T, K = 5, 13
 def step(num_tokens=T, logit_rows=()) -> StepInputs:
     tokens = torch.tensor([(3 * i + 1) % 11 for i in range(num_tokens)])
     return StepInputs(
-        tokens, torch.arange(num_tokens) + 2, torch.tensor([0, num_tokens]), torch.tensor([num_tokens + 2]),
-        torch.tensor(logit_rows, dtype=torch.int64), [], [], [0, num_tokens], [num_tokens + 2],
+        tokens, torch.arange(num_tokens) + 2, torch.tensor([num_tokens + 2]), torch.tensor(logit_rows).long(),
+        [], [], [0, num_tokens], [num_tokens + 2],
     )  # fmt: skip
 
 
