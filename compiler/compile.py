@@ -83,17 +83,17 @@ def _compile_within_budget(source: ModelSource, config: CompileConfig, directory
 def _compile(
     source: ModelSource, config: CompileConfig, directory: Path, progress: Progress, kept: Kept = NONE
 ) -> Report:
-    progress.start("tracing")
     limits = resolve_limits(config, _model_limit(source), is_encoder(source.config))
+    checkpoint = None if config.dummy_weights else Checkpoint(source.directory, build_on_meta(source.config))
+    quantizer = _quantizer(source, config, checkpoint, limits, progress, kept)
+    progress.start("tracing")
     graph = trace_model(source.config, limits.max_seq_len)
     num_params = count_parameters(graph)
-    checkpoint = None if config.dummy_weights else Checkpoint(source.directory, build_on_meta(source.config))
     if checkpoint:
         checkpoint.require_values({name: graph.buffers[name] for name in graph.assumed})
     dtype = resolve_dtype(config, checkpoint.dtype if checkpoint else source.dtype())
     progress.finish()
 
-    quantizer = _quantizer(source, config, checkpoint, limits, progress, kept)
     pipeline = quantizing(quantizer.passes(), quantizer.packed_passes(directory)) if quantizer else PIPELINE
     progress.start("passes", sum(len(phase.passes) for phase in pipeline), "passes")
     records = run_pipeline(graph, pipeline, config.dump_ir, lambda name: progress.advance())

@@ -89,7 +89,7 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
     parser = _add(commands, "bench", "measure decode and prefill", runs=True)
-    parser.add_argument("--batch", type=command.int_list, default=[1], metavar="N[,N]", help="default: 1")
+    parser.add_argument("--batch", type=command.positive_ints, default=[1], metavar="N[,N]", help="default: 1")
     parser.add_argument("--prompt-tokens", type=command.positive_int, default=128, metavar="N", help="default: 128")
     parser.add_argument("--new-tokens", type=command.positive_int, default=64, metavar="N", help="default: 64")
     parser.add_argument("--repeat", type=command.positive_int, default=5, metavar="N", help="default: 5")

@@ -60,6 +60,11 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def positive_ints(text: str) -> list[int]:
+    """An argparse type: comma-separated integers of at least 1."""
+    return [positive_int(part) for part in text.split(",")]
+
+
 def int_list(text: str) -> list[int]:
     """An argparse type: comma-separated whole numbers, such as 1,8,32."""
     try:
@@ -73,10 +78,22 @@ def _explain(program: str, error: Exception) -> int:
         line, code = str(error), EXIT_FAILED if isinstance(error, VerificationError) else EXIT_USER
     elif isinstance(error, OSError):
         line, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), EXIT_USER
+    elif _is_out_of_memory(error):
+        line = f"out of memory: {error}; free some, or lower --max-batch, --max-seq-len or --max-kv-tokens"
+        code = EXIT_USER
     else:
         line, code = f"internal error: {type(error).__name__}: {error}; --debug shows where", EXIT_INTERNAL
     print(f"{program}: {' '.join(line.split())}", file=sys.stderr)
     return code
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch says so on the CPU by a plain RuntimeError, on a GPU by a type that this module would have to import."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
 
 
 def _finite(data: Any) -> Any:

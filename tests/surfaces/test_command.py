@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 import pytest
+import torch
 
 from dscompile.runtime import cli, command, compiler_entry
 from dscompile.runtime.errors import UserError
@@ -50,6 +51,7 @@ def test_debug_shows_the_traceback(capsys) -> None:
         ["generate", "out", "-p", "x", "--max-new-tokens", "many"],
         ["generate", "out", "-p", "x", "--temperature", "warm"],
         ["bench", "out", "--batch", "1,,2"],
+        ["bench", "out", "--batch", "8,0"],
         ["bench", "out", "--repeat", "0"],
         ["perplexity", "out"],
         ["report", "out", "--html"],
@@ -66,6 +68,12 @@ def test_dsrun_refuses_in_one_line(argv: list[str], capsys, tmp_path, monkeypatc
     assert cli.main(argv) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("dsrun: ") and err.count("\n") == 1
+
+
+def test_a_lack_of_memory_is_no_internal_error(capsys) -> None:
+    assert command.run("dscompile", lambda _: torch.empty(1 << 60), []) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("dscompile: out of memory: ") and "--max-batch" in line and line.count("\n") == 1
 
 
 def test_without_its_extra_the_compiler_says_what_to_install(capsys, monkeypatch) -> None:
