@@ -129,7 +129,7 @@ def decode_request(
     splits, keys = config.splits, config.keys
     arguments = Arguments(operands)
     arguments.bind("in.q", "in.k", "in.v")
-    bind_norms(arguments, spec, "qk")
+    bind_norms(arguments, spec, "qkv")
     bind_attention(arguments, spec, context, "step.context_lens", "step.block_table", "step.slots")
     arguments.bind("out.y")
     if splits > 1:
@@ -161,7 +161,7 @@ def decode_request(
 def _append_launch(spec: Attention, operands: Operands, context: KernelContext) -> tuple[KernelRequest, Launch]:
     arguments = Arguments(operands)
     arguments.bind("in.k", "in.v")
-    bind_norms(arguments, spec, "k")
+    bind_norms(arguments, spec, "kv")
     if spec.rotary_dim:
         arguments.bind("w.rope_cos", "w.rope_sin", "step.positions")
     arguments.bind_memory("kv", kv_type(spec, context))

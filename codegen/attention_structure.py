@@ -61,6 +61,8 @@ def norm_numbers(spec: Attention) -> dict:
     for x, norm, heads in (("Q", spec.q_norm, spec.num_heads), ("K", spec.k_norm, spec.num_kv_heads)):
         if norm:
             numbers |= {f"{x}_EPS": norm.eps, f"{x}_WIDTH": heads * spec.head_dim}
+    if spec.v_norm:
+        numbers["V_EPS"] = spec.v_norm.eps
     return numbers
 
 
@@ -72,8 +74,11 @@ def structure_of(spec: Attention, operands: Operands) -> dict:
         own |= {"rotated": True} if spec.weigh_rotated else {}
         return {"kind": norm.kind, "weight": norm.weight, "bias": norm.bias} | own
 
+    norms = {"q": fields(spec.q_norm), "k": fields(spec.k_norm)}
+    if spec.v_norm:
+        norms["v"] = {"kind": spec.v_norm.kind, "weight": spec.v_norm.weight, "bias": spec.v_norm.bias}
     return {
-        "norms": {"q": fields(spec.q_norm), "k": fields(spec.k_norm)},
+        "norms": norms,
         "across": spec.norm_across_heads,
         "alibi": spec.alibi,
         "sinks": spec.sinks,
@@ -83,7 +88,7 @@ def structure_of(spec: Attention, operands: Operands) -> dict:
 
 
 def bind_norms(arguments: Arguments, spec: Attention, which: str) -> None:
-    for x, norm in (("q", spec.q_norm), ("k", spec.k_norm)):
+    for x, norm in (("q", spec.q_norm), ("k", spec.k_norm), ("v", spec.v_norm)):
         if norm and x in which:
             arguments.bind(*[f"w.{x}_norm_weight"] * norm.weight, *[f"w.{x}_norm_bias"] * norm.bias)
 

@@ -54,7 +54,17 @@ def prefill_config(spec: Attention, operands: Operands, context: KernelContext) 
     if context.kv_groups[spec.group].dtype == "int8" and columns <= 128:
         return PrefillConfig(max(128, least), keys, 8, programs, stages=3)
     rows = max(16 if multiplies_in_registers(operands, context) else 64, least)
-    return PrefillConfig(rows, keys, 4 if rows <= 64 and columns <= 256 else 8, programs)
+    if columns <= 256:
+        return PrefillConfig(rows, keys, 4 if rows <= 64 else 8, programs)
+    # Only some GPUs hold two blocks of so wide keys and values at once.
+    options = ((keys, 2), (keys, 1), (16, 1))
+    keys, stages = next((o for o in options if _shared_bytes(columns, rows, *o) <= context.shared_budget), options[-1])
+    return PrefillConfig(rows, keys, 8, programs, stages)
+
+
+def _shared_bytes(columns: int, rows: int, keys: int, stages: int) -> int:
+    """Shared memory of attention_prefill in 16 bits: the queries, and blocks of keys and of values."""
+    return 2 * columns * (rows + 2 * stages * keys)
 
 
 def prefill_ranges(

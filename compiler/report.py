@@ -97,11 +97,12 @@ def _regions(
 
 
 def _with_absorbed(record: RegionRecord, spec: Attention, dtype: str) -> RegionRecord:
-    """An attention's record with the work that normalising moved into it: norms of q and k, rotation, cache append."""
+    """An attention's record with the work that normalising moved into it: norms, rotation, cache append."""
     widths = {"q": spec.num_heads * spec.head_dim, "k": spec.num_kv_heads * spec.head_dim}
-    normed = [name for name, norm in (("q", spec.q_norm), ("k", spec.k_norm)) if norm]
+    widths["v"] = spec.num_kv_heads * spec.v_head_dim
+    normed = [name for name, norm in (("q", spec.q_norm), ("k", spec.k_norm), ("v", spec.v_norm)) if norm]
     rotated = ["q", "k"] if spec.rotary_dim else []
-    appended = widths["k"] + spec.num_kv_heads * spec.v_head_dim
+    appended = widths["k"] + widths["v"]
     nodes = (
         *((f"{name}_norm", "norm", f"[1, T, {widths[name]}]") for name in normed),
         *((f"rotate_{name}", "rope", f"[1, T, {widths[name]}]") for name in rotated),
@@ -109,7 +110,11 @@ def _with_absorbed(record: RegionRecord, spec: Attention, dtype: str) -> RegionR
     )
     # Each of them would have written its row for the next to read.
     saved = 2 * ITEM_SIZE[dtype] * sum(widths[name] for name in (*normed, *rotated))
-    rules = (*(["norm(q), norm(k)"] if normed else []), *(["rope(q), rope(k)"] if rotated else []), "append(k, v)")
+    rules = (
+        *([", ".join(f"norm({name})" for name in normed)] if normed else []),
+        *(["rope(q), rope(k)"] if rotated else []),
+        "append(k, v)",
+    )
     return dataclasses.replace(
         record, took=(*nodes, *record.took), saved=record.saved + saved, rules=record.rules or (*rules, "attend")
     )

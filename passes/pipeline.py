@@ -28,6 +28,7 @@ from dscompile.passes.normalize.linears import canonical_linears, split_packed_l
 from dscompile.passes.normalize.norms import canonical_norms
 from dscompile.passes.reassociate.fold_norm import fold_norm
 from dscompile.passes.reassociate.move_factor import move_factor
+from dscompile.passes.reassociate.share_factor import share_factor
 from dscompile.passes.runner import Pass, Phase
 
 PIPELINE = (
@@ -52,7 +53,7 @@ PIPELINE = (
             canonical_arithmetic,
         ),
     ),
-    Phase("reassociate", (move_factor, fold_norm)),
+    Phase("reassociate", (move_factor, share_factor, fold_norm)),
     Phase(
         "fuse",
         (

@@ -172,11 +172,14 @@ def attention(
         _positioned(x, n, role, positions, weights, spec)
         for x, n, role in ((q, spec.num_heads, "q_norm"), (k, spec.num_kv_heads, "k_norm"))
     )
+    v = _heads(v, spec.num_kv_heads)
+    if spec.v_norm is not None:
+        v = norm(v, weights.get("v_norm_weight"), weights.get("v_norm_bias"), spec.v_norm)
     slopes = weights["alibi_slopes"].tolist() if spec.alibi else None
     y = traced_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
-        _heads(v, spec.num_kv_heads).transpose(1, 2),
+        v.transpose(1, 2),
         positions,
         spec.index,
         spec.scale,

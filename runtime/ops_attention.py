@@ -38,14 +38,14 @@ def bind_attention(
     y_groups = None
     if y.is_contiguous() and y.dtype == dtype:
         y_groups = y.view(-1, spec.num_heads // spec.num_kv_heads, spec.v_head_dim)
-    v = inputs["v"].view(-1, spec.num_kv_heads, spec.v_head_dim)
+    values = _bind_values(spec, inputs, weights, dtype)
     if pool is None:
-        return _bind_whole(prepare, v, attend, y_heads)
+        return _bind_whole(prepare, values, attend, y_heads)
     layer = bind_cache(pool, spec.group, spec.index, dtype)
 
     def run(step: StepInputs) -> None:
         q, k = prepare(step)
-        layer.append(step, k, v)
+        layer.append(step, k, values())
         for keys in key_ranges(step, spec, pool):
             k_found, v_found = layer.gather(keys)
             if keys.num == len(q):
@@ -56,11 +56,14 @@ def bind_attention(
     return run
 
 
-def _bind_whole(prepare: Prepare, v: torch.Tensor, attend: _Attend, y: torch.Tensor) -> Callable[[StepInputs], None]:
-    """Attention without a cache: each sequence's keys are those of this step. v [T, Hkv, Dv], y [T, H, Dv]."""
+def _bind_whole(
+    prepare: Prepare, values: Callable[[], torch.Tensor], attend: _Attend, y: torch.Tensor
+) -> Callable[[StepInputs], None]:
+    """Attention without a cache: each sequence's keys are those of this step. values: v [T, Hkv, Dv]; y [T, H, Dv]."""
 
     def run(step: StepInputs) -> None:
         q, k = prepare(step)
+        v = values()
         for keys in whole_sequences(step, attend.spec):
             rows = keys.queries
             attend.prefill(q[rows], k[rows].transpose(0, 1), v[rows].to(q.dtype).transpose(0, 1), keys, y[rows])
@@ -68,7 +71,16 @@ def _bind_whole(prepare: Prepare, v: torch.Tensor, attend: _Attend, y: torch.Ten
     return run
 
 
-# ---------------------------------------------------------------- q and k
+# ---------------------------------------------------------------- q, k and v
+
+
+def _bind_values(spec: Attention, inputs: Tensors, weights: Tensors, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    """v [T, Hkv, Dv] after its norm."""
+    v = inputs["v"].view(-1, spec.num_kv_heads, spec.v_head_dim)
+    if spec.v_norm is None:
+        return lambda: v
+    norm = bind_norm(spec.v_norm, weights, "v_norm", dtype)
+    return lambda: norm(v.to(dtype))
 
 
 def _bind_prepare(spec: Attention, inputs: Tensors, weights: Tensors, dtype: torch.dtype) -> Prepare:

@@ -122,6 +122,7 @@ class Attention:
     q [T, num_heads * head_dim], k [T, num_kv_heads * head_dim], v [T, num_kv_heads * v_head_dim], head-major.
     Optional q_norm and k_norm come first: per head over head_dim, or over the whole row if `norm_across_heads`. Heads
     share the weights of their norm [head_dim] unless `norm_by_head`; by head and across heads they have their own.
+    v_norm: of each head of v over v_head_dim, before v is appended; heads share its weights [v_head_dim].
     weigh_rotated: the norms' weights multiply after the rotation; then the norms are rms and have no bias.
     Rotary embedding acts on the first `rotary_dim` columns of each head, in the half-split layout
     (y1 = x1 cos - x2 sin, y2 = x2 cos + x1 sin, halves of the rotated part; Su et al. 2021); models that interleave
@@ -133,7 +134,8 @@ class Attention:
 
     in:      q, k, v
     weights: rope_cos, rope_sin [max_seq_len, rotary_dim / 2] float32 if rotary_dim; alibi_slopes [num_heads] float32;
-             sinks [num_heads] float32; q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias
+             sinks [num_heads] float32; q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias, v_norm_weight,
+             v_norm_bias
     out:     y [T, num_heads * v_head_dim]
     group, index: the KV group, and this layer's place in the group's blocks. A layer that is not causal sees keys of
     its own step only, so all such layers share the first place.
@@ -158,6 +160,7 @@ class Attention:
     weigh_rotated: bool = False
     alibi: bool = False
     sinks: bool = False
+    v_norm: Norm | None = None
 
 
 @dataclass(frozen=True)

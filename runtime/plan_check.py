@@ -188,6 +188,7 @@ def _attention(plan: Plan, spec: Attention) -> tuple[dict, dict, dict]:
     own = spec.norm_across_heads or spec.norm_by_head
     weights = _norm(spec.q_norm, "q_norm", q if own else spec.head_dim)
     weights |= _norm(spec.k_norm, "k_norm", k if own else spec.head_dim)
+    weights |= _norm(spec.v_norm, "v_norm", spec.v_head_dim)
     plain = all(n is None or (n.kind == "rms" and not n.bias) for n in (spec.q_norm, spec.k_norm))
     _need(plain or not spec.weigh_rotated, "weighs after the rotation what is not an rms norm without bias")
     if spec.rotary_dim:

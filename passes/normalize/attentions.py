@@ -57,13 +57,15 @@ def _replace(graph: ModelGraph, reader: OperandReader, node: fx.Node, layer: int
         for o, (name, (_, after)) in zip(operands, found.items(), strict=True)
     )
     rotation = _common_rotation(operands)
-    if v.norm is not None:
-        raise Unreadable("values are normalised")
+    if v.across_heads or v.by_head:
+        raise Unreadable("values are normalised over several heads, or each head by weights of its own")
     if any(getattr(q, how) != getattr(k, how) for how in ("across_heads", "by_head", "weighed_rotated")):
         raise Unreadable("q and k are normalised differently")
+    if operands[2].scale != 1.0 and v.norm is not None:
+        raise Unreadable("values are scaled after their norm")
     if operands[2].scale != 1.0:
         v.linear = scaled(graph, node, v.linear, operands[2].scale)
-    weights = _weights(graph, rotation, given["alibi"], given["sinks"], q, k)
+    weights = _weights(graph, rotation, given["alibi"], given["sinks"], {"q": q, "k": k, "v": v})
     num_heads, head_dim = len(operands[0].index), len(operands[0].index[0])
     spec = Attention(
         num_heads=num_heads,
@@ -85,6 +87,7 @@ def _replace(graph: ModelGraph, reader: OperandReader, node: fx.Node, layer: int
         weigh_rotated=q.weighed_rotated,
         alibi=given["alibi"] is not None,
         sinks=given["sinks"] is not None,
+        v_norm=v.norm,
     )
     result = _flat_output(graph, node)
     with graph.graph.inserting_before(node):
@@ -227,8 +230,7 @@ def _weights(
     rotation: Rotation | None,
     alibi: list[float] | None,
     sinks: fx.Node | None,
-    q: Projection,
-    k: Projection,
+    projections: dict[str, Projection],
 ) -> dict[str, fx.Node]:
     weights: dict[str, fx.Node | None] = {"sinks": sinks}
     if rotation is not None:
@@ -236,8 +238,8 @@ def _weights(
         weights["rope_sin"] = constant(graph, "rope_sin", rotation.sin)
     if alibi is not None:
         weights["alibi_slopes"] = constant(graph, "alibi_slopes", torch.tensor(alibi, dtype=torch.float32))
-    weights |= {"q_norm_weight": q.norm_weight, "q_norm_bias": q.norm_bias}
-    weights |= {"k_norm_weight": k.norm_weight, "k_norm_bias": k.norm_bias}
+    for x, projection in projections.items():
+        weights |= {f"{x}_norm_weight": projection.norm_weight, f"{x}_norm_bias": projection.norm_bias}
     return {role: node for role, node in weights.items() if node is not None}
 
 

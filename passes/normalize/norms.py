@@ -66,12 +66,14 @@ def _replace_open_norm(graph: ModelGraph, deviation: fx.Node, x: fx.Node, eps: f
     kind, source = "rms", x
     if _is_centred(x):
         kind, source = "layer", x.args[0]
-    result, weight, bias = scaled, None, None
-    if (step := _only_user(result, aten.mul.Tensor)) is not None:
-        result, weight = step
-    if (step := _only_user(result, aten.add.Tensor)) is not None:
-        result, bias = step
-    _replace(graph, result, source, weight, bias, Norm(kind, eps, weight is not None, bias is not None), log)
+    # Norms of one row that differ in their weights alone have been merged up to here.
+    weighted = [(u, w) for u in scaled.users if (w := _weight_beside(scaled, u, aten.mul.Tensor)) is not None]
+    results = weighted if len(weighted) == len(scaled.users) else [*weighted, (scaled, None)]
+    for result, weight in results:
+        bias = None
+        if (step := _only_user(result, aten.add.Tensor)) is not None:
+            result, bias = step
+        _replace(graph, result, source, weight, bias, Norm(kind, eps, weight is not None, bias is not None), log)
 
 
 def _is_centred(x: fx.Node) -> bool:
@@ -83,16 +85,20 @@ def _is_centred(x: fx.Node) -> bool:
 
 
 def _only_user(node: fx.Node, target: object) -> tuple[fx.Node, fx.Node] | None:
-    """(user, weight) where the node's only user combines it with a weight: a vector over the last dimension, or, of
-    heads [1, T, H, D], a vector for each."""
+    """(user, weight) where the node's only user combines it with a weight."""
     users = list(node.users)
-    if len(users) != 1 or users[0].target is not target:
+    weight = _weight_beside(node, users[0], target) if len(users) == 1 else None
+    return None if weight is None else (users[0], weight)
+
+
+def _weight_beside(node: fx.Node, user: fx.Node, target: object) -> fx.Node | None:
+    """What a user combines a node with, if it is a weight: a vector over the last dimension, or, of heads
+    [1, T, H, D], a vector for each."""
+    if user.target is not target:
         return None
-    other = [a for a in users[0].args[:2] if a is not node]
+    other = [a for a in user.args[:2] if a is not node]
     shapes = [node.meta["val"].shape[-1:]] + [node.meta["val"].shape[-2:]] * (node.meta["val"].ndim == 4)
-    if len(other) == 1 and is_weight(other[0]) and other[0].meta["val"].shape in shapes:
-        return users[0], other[0]
-    return None
+    return other[0] if len(other) == 1 and is_weight(other[0]) and other[0].meta["val"].shape in shapes else None
 
 
 def _replace(

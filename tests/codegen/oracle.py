@@ -112,9 +112,16 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def heads(spec: Attention, tensors: Tensors, x: str, positions: torch.Tensor) -> torch.Tensor:
-    """q or k as normed and rotated heads [T, H, D]."""
-    count, spec_norm = (spec.num_heads, spec.q_norm) if x == "q" else (spec.num_kv_heads, spec.k_norm)
+    """q or k as normed and rotated heads [T, H, D], v as normed heads [T, Hkv, Dv]."""
     y = tensors[f"in.{x}"]
+    if x == "v":
+        y = y.reshape(y.shape[0], spec.num_kv_heads, spec.v_head_dim)
+        return (
+            y
+            if spec.v_norm is None
+            else norm(spec.v_norm, y, *(tensors.get(f"w.v_norm_{p}") for p in ("weight", "bias")))
+        )
+    count, spec_norm = (spec.num_heads, spec.q_norm) if x == "q" else (spec.num_kv_heads, spec.k_norm)
     shape = (y.shape[0], count, spec.head_dim)
     if spec_norm:
         y = y if spec.norm_across_heads else y.reshape(shape)

@@ -22,6 +22,17 @@ _LATENT = {
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
 }
+_GEMMA4 = {
+    **LLAMA,
+    "num_hidden_layers": 4,
+    "vocab_size_per_layer_input": 128,
+    "hidden_size_per_layer_input": 0,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "final_logit_softcapping": 30.0,
+}
 _BART = {
     "vocab_size": 128,
     "d_model": 64,
@@ -78,6 +89,7 @@ CONFIGS: dict[str, tuple[str, dict]] = {
         },
     ),
     "gemma": ("GemmaConfig", {**LLAMA, **_HEADS}),
+    "gemma4": ("Gemma4TextConfig", {**_GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}),
     "glm": ("GlmConfig", {**LLAMA, **_HEADS}),
     "glm4_moe": ("Glm4MoeConfig", {**LLAMA, **_ROUTED_EXPERTS}),
     "granitemoe": ("GraniteMoeConfig", {**LLAMA, **_LOCAL_EXPERTS}),

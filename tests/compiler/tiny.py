@@ -46,6 +46,10 @@ def _randomized(model: nn.Module, seed: int) -> nn.Module:
                 parameter.add_(noise * 0.1)
             else:
                 parameter.copy_(noise * 0.15)
+        # Factors of whole rows, which a checkpoint holds and no layer starts with but as 1.
+        for name, buffer in model.named_buffers():
+            if name in model.state_dict() and buffer.is_floating_point() and buffer.numel() == 1:
+                buffer.mul_(1 - 0.5 * torch.rand(buffer.shape, generator=generator))
     return model.eval()
 
 

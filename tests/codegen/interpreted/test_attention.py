@@ -54,6 +54,10 @@ SPECS = {
         **dict.fromkeys(("q_norm", "k_norm"), Norm("rms", 1e-5, weight=True)),
     ),
     "narrow_values": attention(4, 2, 24, 10, rotary_dim=12),
+    "value_norms": attention(
+        rotary_dim=16, q_norm=Norm("rms", 1e-5), k_norm=Norm("rms", 1e-5, weight=True), v_norm=Norm("rms", 1e-5)
+    ),
+    "narrow_value_norms": attention(4, 2, 24, 10, v_norm=Norm("layer", 1e-5, weight=True, bias=True)),
     "encoder": attention(causal=False),
     "two_sided_window": attention(causal=False, window=9),
 }
@@ -76,6 +80,8 @@ def weights(spec: Attention) -> dict[str, torch.Tensor]:
             t[f"w.{x}_norm_weight"] = 1 + 0.3 * torch.randn(width)
         if norm and norm.bias:
             t[f"w.{x}_norm_bias"] = torch.randn(width)
+    if spec.v_norm and spec.v_norm.weight:
+        t["w.v_norm_weight"], t["w.v_norm_bias"] = 1 + 0.3 * torch.randn(spec.v_head_dim), torch.randn(spec.v_head_dim)
     return t
 
 
@@ -160,7 +166,7 @@ def check(
     real = count - pad
     q = oracle.heads(spec, {k: v[:real] if k[:3] == "in." else v for k, v in double.items()}, "q", positions)
     k = oracle.heads(spec, {k: v[:real] if k[:3] == "in." else v for k, v in double.items()}, "k", positions)
-    v = double["in.v"][:real].reshape(real, spec.num_kv_heads, spec.v_head_dim)
+    v = oracle.heads(spec, {k: v[:real] if k[:3] == "in." else v for k, v in double.items()}, "v", positions)
     if kv_dtype == torch.int8:
         k, v = as_int8(k), as_int8(v)
     slots, expected, at = [], [], 0
