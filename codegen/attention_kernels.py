@@ -131,7 +131,7 @@ def decode_request(
     arguments.bind("in.q", "in.k", "in.v")
     bind_norms(arguments, spec, "qkv")
     bind_attention(arguments, spec, context, "step.context_lens", "step.block_table", "step.slots")
-    arguments.bind("out.y")
+    arguments.bind(*["in.gate"] * (spec.gate != "none"), "out.y")
     if splits > 1:
         arguments.bind_memory("scratch.parts", "float32")
         arguments.bind_memory("scratch.moments", "float32")

@@ -33,6 +33,8 @@ def numbers_of(spec: Attention, operands: Operands, context: KernelContext) -> d
         "WINDOW": spec.window,
         "CHUNK": spec.chunk,
     } | {f"{r[-1].upper()}_STRIDE": operands[r].stride for r in ("in.q", "in.k", "in.v", "out.y")}
+    if spec.gate != "none":
+        numbers["GATE_STRIDE"] = operands["in.gate"].stride
     return numbers | (_int8_numbers(numbers, group, page, operands["in.q"].dtype) if group.dtype == "int8" else {})
 
 
@@ -77,7 +79,8 @@ def structure_of(spec: Attention, operands: Operands) -> dict:
     norms = {"q": fields(spec.q_norm), "k": fields(spec.k_norm)}
     if spec.v_norm:
         norms["v"] = {"kind": spec.v_norm.kind, "weight": spec.v_norm.weight, "bias": spec.v_norm.bias}
-    return {
+    gate = {"gate": spec.gate} if spec.gate != "none" else {}
+    return gate | {
         "norms": norms,
         "across": spec.norm_across_heads,
         "alibi": spec.alibi,

@@ -110,7 +110,7 @@ def prefill_request(
     bind_norms(arguments, spec, "q")
     step = ("step.seq_starts", "step.context_lens", "step.block_table")
     bind_attention(arguments, spec, context, *step)
-    arguments.bind("out.y", "B", "blocks")
+    arguments.bind(*["in.gate"] * (spec.gate != "none"), "out.y", "B", "blocks")
     numbers = numbers_of(spec, operands, context) | norm_numbers(spec)
     group_padded = next_power_of_2(int(numbers["GROUP"]))
     numbers |= {"GP": group_padded, "BM": config.rows, "TOKENS": config.rows // group_padded, "BN": config.keys}

@@ -6,13 +6,15 @@ import re
 
 from dscompile.runtime.plan import Attention, Embed, Linear, Plan, Ref, RowNorm, Sample, Step
 
+OPERANDS = ("q", "k", "v", "gate")
+
 Written = tuple[int, int, str]
 
 
 def activation_names(plan: Plan, layer: int | None) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
     """Step name -> names of the activations it reads and writes, for the steps of a layer (None: outside the layers).
 
-    q, k, v, context, act, hidden, logits; what a layer writes again gets a number, so that names differ within it.
+    q, k, v, gate, context, act, hidden, logits; what a layer writes again gets a number, so names differ within it.
     """
     attends = _read_by_attention(plan)
     written: dict[str, list[Written]] = {}
@@ -41,11 +43,11 @@ def _readable(written: dict[str, list[Written]], ref: Ref) -> list[str]:
 
 
 def _parts(step: Step, role: str, ref: Ref, attends: dict[str, dict[Ref, str]]) -> list[tuple[Ref, str]]:
-    """An output with its name, or the parts that attention reads as q, k and v."""
+    """An output with its name, or the parts that attention reads as q, k, v and gate."""
     inside = [
         (r, name) for r, name in attends.get(ref.buffer, {}).items() if ref.start <= r.start and r.stop <= ref.stop
     ]
-    return sorted(inside, key=lambda part: "qkv".index(part[1])) or [(ref, _base_name(step, role, ref))]
+    return sorted(inside, key=lambda part: OPERANDS.index(part[1])) or [(ref, _base_name(step, role, ref))]
 
 
 def _base_name(step: Step, role: str, ref: Ref) -> str:
@@ -66,7 +68,7 @@ def _base_name(step: Step, role: str, ref: Ref) -> str:
 
 
 def _read_by_attention(plan: Plan) -> dict[str, dict[Ref, str]]:
-    """Buffer -> columns that attention reads -> q, k or v."""
+    """Buffer -> columns that attention reads -> q, k, v or gate."""
     reads: dict[str, dict[Ref, str]] = {}
     for step in plan.steps:
         if isinstance(step.spec, Attention):

@@ -1,5 +1,6 @@
 """The passes, in order."""
 
+from dscompile.passes.fuse.attention_gate import fuse_attention_gate
 from dscompile.passes.fuse.embedding import fuse_embedding
 from dscompile.passes.fuse.epilogue import fuse_epilogue
 from dscompile.passes.fuse.experts import fuse_experts
@@ -23,6 +24,7 @@ from dscompile.passes.normalize.constant_rows import fold_constant_rows
 from dscompile.passes.normalize.elementwise import canonical_arithmetic, name_functions
 from dscompile.passes.normalize.embeddings import canonical_embeddings
 from dscompile.passes.normalize.experts import canonical_experts
+from dscompile.passes.normalize.heads import flatten_heads
 from dscompile.passes.normalize.layers import assign_layers
 from dscompile.passes.normalize.linears import canonical_linears, split_packed_linears
 from dscompile.passes.normalize.norms import canonical_norms
@@ -45,6 +47,7 @@ PIPELINE = (
             canonical_experts,
             drop_noops,
             canonical_norms,
+            flatten_heads,
             canonical_attentions,
             split_packed_linears,
             canonical_embeddings,
@@ -59,6 +62,7 @@ PIPELINE = (
         (
             anchor_linears,
             fuse_gate,
+            fuse_attention_gate,
             fuse_epilogue,
             fuse_residual,
             fuse_experts,

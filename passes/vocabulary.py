@@ -164,8 +164,19 @@ def columns(x: Tensor, start: int, stop: int) -> Tensor:
     return x[..., start:stop]
 
 
+def repeat_columns(x: Tensor, times: int) -> Tensor:
+    """[1, T, N] -> [1, T, N * times], each column `times` times in a row"""
+    return x.repeat_interleave(times, -1)
+
+
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, weights: dict[str, Tensor], spec: AttentionSpec
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    weights: dict[str, Tensor],
+    spec: AttentionSpec,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """[1, T, Hq * D], [1, T, Hkv * D], [1, T, Hkv * Dv] -> [1, T, Hq * Dv], see `plan.Attention`."""
     q, k = (
@@ -190,6 +201,8 @@ def attention(
         weights.get("sinks"),
         slopes,
     )
+    if gate is not None:
+        y = y * gate.view(*y.shape[:3], -1)
     return y.flatten(2)
 
 
@@ -262,4 +275,5 @@ ACTIVATIONS = {
     "gelu_quick": lambda x: x * torch.sigmoid(1.702 * x),
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
 }

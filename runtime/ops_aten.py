@@ -18,8 +18,8 @@ ELEMENTWISE = (
     "remainder round rsqrt rsub sigmoid sign silu sin softplus sqrt square sub tan tanh threshold trunc where _to_copy"
 )
 VIEW = (
-    "_unsafe_view alias cat chunk constant_pad_nd expand flatten permute repeat reshape select slice split "
-    "split_with_sizes squeeze stack t transpose unbind unflatten unsqueeze view"
+    "_unsafe_view alias cat chunk constant_pad_nd expand flatten permute repeat repeat_interleave reshape select slice "
+    "split split_with_sizes squeeze stack t transpose unbind unflatten unsqueeze view"
 )
 PER_ROW = (
     "_log_softmax _softmax addmm amax amin argmax bmm embedding full_like gather index_select linear log_softmax "

@@ -39,8 +39,9 @@ def bind_attention(
     if y.is_contiguous() and y.dtype == dtype:
         y_groups = y.view(-1, spec.num_heads // spec.num_kv_heads, spec.v_head_dim)
     values = _bind_values(spec, inputs, weights, dtype)
+    gate = inputs["gate"].view(len(y), spec.num_heads, -1) if spec.gate != "none" else None
     if pool is None:
-        return _bind_whole(prepare, values, attend, y_heads)
+        return _bind_whole(prepare, values, attend, y_heads, gate)
     layer = bind_cache(pool, spec.group, spec.index, dtype)
 
     def run(step: StepInputs) -> None:
@@ -52,12 +53,14 @@ def bind_attention(
                 attend.decode(q, k_found, v_found, keys, y_heads, y_groups)
             else:
                 attend.prefill(q[keys.queries], k_found, v_found, keys, y_heads[keys.queries])
+        if gate is not None:
+            y_heads.mul_(gate)
 
     return run
 
 
 def _bind_whole(
-    prepare: Prepare, values: Callable[[], torch.Tensor], attend: _Attend, y: torch.Tensor
+    prepare: Prepare, values: Callable[[], torch.Tensor], attend: _Attend, y: torch.Tensor, gate: torch.Tensor | None
 ) -> Callable[[StepInputs], None]:
     """Attention without a cache: each sequence's keys are those of this step. values: v [T, Hkv, Dv]; y [T, H, Dv]."""
 
@@ -67,6 +70,8 @@ def _bind_whole(
         for keys in whole_sequences(step, attend.spec):
             rows = keys.queries
             attend.prefill(q[rows], k[rows].transpose(0, 1), v[rows].to(q.dtype).transpose(0, 1), keys, y[rows])
+        if gate is not None:
+            y.mul_(gate)
 
     return run
 

@@ -27,6 +27,7 @@ ACTIVATIONS_: dict[str, Callable[[torch.Tensor], Any]] = {
     "gelu_quick": lambda x: x.mul_(torch.sigmoid(1.702 * x)),
     "tanh": torch.tanh_,
     "sigmoid": torch.sigmoid_,
+    "softplus": lambda x: x.copy_(F.softplus(x)),
 }
 
 

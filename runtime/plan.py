@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Symbol = Literal["1", "T", "B", "R"]
-Activation = Literal["none", "relu", "relu2", "silu", "gelu", "gelu_tanh", "gelu_quick", "tanh", "sigmoid"]
+Activation = Literal["none", "relu", "relu2", "silu", "gelu", "gelu_tanh", "gelu_quick", "tanh", "sigmoid", "softplus"]
 
 
 # ---------------------------------------------------------------- what a step computes
@@ -132,7 +132,9 @@ class Attention:
     j < i + window)) and (chunk == 0 or j // chunk == i // chunk).
     sinks: a logit per head that joins the softmax's denominator and has no value.
 
-    in:      q, k, v
+    gate: the output is multiplied by a number for each head or for each of its columns, which comes as it is.
+
+    in:      q, k, v; gate [T, num_heads] of heads, [T, num_heads * v_head_dim] of columns
     weights: rope_cos, rope_sin [max_seq_len, rotary_dim / 2] float32 if rotary_dim; alibi_slopes [num_heads] float32;
              sinks [num_heads] float32; q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias, v_norm_weight,
              v_norm_bias
@@ -158,6 +160,7 @@ class Attention:
     norm_across_heads: bool = False
     norm_by_head: bool = False
     weigh_rotated: bool = False
+    gate: Literal["none", "head", "column"] = "none"
     alibi: bool = False
     sinks: bool = False
     v_norm: Norm | None = None

@@ -196,7 +196,10 @@ def _attention(plan: Plan, spec: Attention) -> tuple[dict, dict, dict]:
     weights |= {"alibi_slopes": (spec.num_heads,)} if spec.alibi else {}
     weights |= {"sinks": (spec.num_heads,)} if spec.sinks else {}
     outputs = {"y": spec.num_heads * spec.v_head_dim}
-    return {"q": q, "k": k, "v": spec.num_kv_heads * spec.v_head_dim}, outputs, weights
+    inputs = {"q": q, "k": k, "v": spec.num_kv_heads * spec.v_head_dim}
+    if spec.gate != "none":
+        inputs["gate"] = spec.num_heads * (spec.v_head_dim if spec.gate == "column" else 1)
+    return inputs, outputs, weights
 
 
 def _moe(spec: Moe) -> tuple[dict, dict, dict]:

@@ -18,6 +18,7 @@ ACTIVATIONS = {
     "gelu_tanh": ("aten.gelu.default", {"approximate": "tanh"}),
     "tanh": ("aten.tanh.default", {}),
     "sigmoid": ("aten.sigmoid.default", {}),
+    "softplus": ("aten.softplus.default", {}),
 }
 
 
@@ -47,6 +48,8 @@ def _target(node: fx.Node) -> tuple[str, dict]:
     if node.target is vocabulary.activation and node.args[1] in ACTIVATIONS:
         return ACTIVATIONS[node.args[1]]
     simple = {vocabulary.add: "aten.add.Tensor", vocabulary.mul: "aten.mul.Tensor", vocabulary.scale: "aten.mul.Scalar"}
+    if node.target is vocabulary.repeat_columns:
+        return "aten.repeat_interleave.self_int", {"dim": -1}
     if node.target in simple:
         return simple[node.target], {}
     if isinstance(node.target, torch._ops.OpOverload) and node.target in ELEMENTWISE:

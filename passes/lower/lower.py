@@ -177,7 +177,7 @@ class _Lowering:
         self._step(node, spec, inputs, weights)
 
     def _attention(self, node: fx.Node) -> None:
-        q, k, v, _, weights, spec = node.args
+        q, k, v, _, weights, spec, *gate = node.args
         shape = (spec.num_kv_heads, spec.head_dim, spec.v_head_dim, self.kv_dtype, spec.window, spec.chunk)
         if self.kv_dtype == "int8" and (spec.head_dim % 2 or spec.v_head_dim % 2):
             odd = f"{spec.head_dim} and {spec.v_head_dim} columns"
@@ -191,7 +191,8 @@ class _Lowering:
         index = group.num_layers if spec.causal else 0
         spec = dataclasses.replace(spec, group=number, index=index)
         self.groups[number] = dataclasses.replace(group, num_layers=index + 1)
-        inputs = {role: self.placement.ref(x) for role, x in (("q", q), ("k", k), ("v", v))}
+        roles = (("q", q), ("k", k), ("v", v), *(("gate", x) for x in gate))
+        inputs = {role: self.placement.ref(x) for role, x in roles}
         self._step(node, spec, inputs, weights)
 
     def _moe(self, node: fx.Node) -> None:

@@ -72,13 +72,13 @@ def _same_value(node: fx.Node) -> fx.Node | None:
         full = not start and (stop is None or (isinstance(stop, int) and stop >= 2**62)) and step in (None, 1)
         return source if full or value.shape == before.shape else None
     if node.target in RESHAPES:
-        return _reshaped_back(node, source)
+        return reshaped_back(node, source)
     if node.target in (aten.mul.Tensor, aten.div.Tensor) and node.args[1] == 1 and not isinstance(node.args[1], bool):
         return source
     return None
 
 
-def _reshaped_back(node: fx.Node, source: fx.Node) -> fx.Node | None:
+def reshaped_back(node: fx.Node, source: fx.Node) -> fx.Node | None:
     """The ancestor of equal shape through reshapes alone (sizes of 1 and splits come and go in order)."""
     shape = node.meta["val"].shape
     while source.meta["val"].shape != shape:

@@ -21,6 +21,7 @@ ACTIVATIONS = {
     "gelu_quick": lambda x: x * torch.sigmoid(1.702 * x),
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
+    "softplus": lambda x: torch.log1p(x.exp()),
 }
 
 

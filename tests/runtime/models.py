@@ -26,7 +26,8 @@ from dscompile.runtime.plan import (
 
 @dataclass(frozen=True)
 class Shape:
-    """What varies. kind "llama": RMS norms, rotary, gated MLP; "bloom": layer norms, biases, ALiBi."""
+    """What varies. kind "llama": RMS norms, rotary, gated MLP; "bloom": layer norms, biases, ALiBi. gate: attention's
+    output is multiplied by the first columns of q, which serve as any would."""
 
     kind: str = "llama"
     layers: int = 2
@@ -44,6 +45,7 @@ class Shape:
     sinks: bool = False
     causal: bool = True
     qk_norm: str = ""
+    gate: str = "none"
     max_seq_len: int = 64
     max_batch: int = 4
     max_step_tokens: int = 64
@@ -189,6 +191,8 @@ class _Builder:
         down, down_w = self.linear(f"{name}.down", s.hidden, s.inner, residuals=1)
         outs = {f"y{i}": p for i, p in enumerate(parts)}
         ins = dict(zip("qkv", parts, strict=True))
+        if s.gate != "none":
+            ins["gate"] = Ref("qkv", 0, s.heads * (s.v_head_dim if s.gate == "column" else 1))
         attention, attention_w = self.attention(layer)
         return [
             Step(f"{name}.qkv", qkv, ("attn_in",), layer, {"x": h}, outs, qkv_w),
@@ -223,7 +227,8 @@ class _Builder:
             s.heads, s.kv_heads, s.head_dim, s.v_head_dim, 1.3 * s.head_dim**-0.5,
             group=self.kinds.index(window), index=s.windows[:layer].count(window), causal=s.causal, window=window,
             chunk=s.chunk, softcap=s.softcap, rotary_dim=rotary, q_norm=norm, k_norm=norm,
-            norm_across_heads=s.qk_norm == "across", weigh_rotated=s.qk_norm == "rotated", alibi=s.bloom, sinks=s.sinks,
+            norm_across_heads=s.qk_norm == "across", weigh_rotated=s.qk_norm == "rotated", alibi=s.bloom,
+            sinks=s.sinks, gate=s.gate,
         )  # fmt: skip
         return spec, bound
 
@@ -298,7 +303,9 @@ def _attend(qkv: torch.Tensor, w: dict[str, torch.Tensor], s: Shape, layer: int)
                     values.append(v[j, kv])
             total = sum(map(math.exp, scores)) + (math.exp(float(w[f"sinks.{layer}"][head])) if s.sinks else 0.0)
             out[i, head] = sum(math.exp(a) / total * b for a, b in zip(scores, values, strict=True))
-    return out.view(n, -1)
+    if s.gate == "head":
+        out = out * qkv[:, : s.heads, None]
+    return out.view(n, -1) * (qkv[:, : s.heads * s.v_head_dim] if s.gate == "column" else 1.0)
 
 
 def _as_int8(x: torch.Tensor) -> torch.Tensor:

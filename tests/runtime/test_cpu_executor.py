@@ -28,6 +28,8 @@ OPTIONS = {
     "qk_norm_head": {"qk_norm": "head"},
     "qk_norm_across": {"qk_norm": "across"},
     "qk_norm_rotated": {"qk_norm": "rotated"},
+    "gated_heads": {"gate": "head", "v_head_dim": 4},
+    "gated_columns": {"gate": "column", "v_head_dim": 4},
     "bloom_window_softcap_sinks": {"kind": "bloom", "windows": (7, 3), "softcap": 3.0, "sinks": True},
     "page_of_one": {"page_size": 1},
 }

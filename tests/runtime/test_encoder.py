@@ -28,7 +28,8 @@ def make_engine(model) -> Engine:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"kind": "bloom"}, {"softcap": 2.0}, {"sinks": True}, {"kv_heads": 4}, {"dtype": "float64"}]
+    "options",
+    [{}, {"kind": "bloom"}, {"softcap": 2.0}, {"sinks": True}, {"kv_heads": 4}, {"gate": "head"}, {"dtype": "float64"}],
 )
 def test_hidden_states_are_those_of_the_dense_formulas(options):
     model = make_encoder(**options)

@@ -45,6 +45,7 @@ def softplusless(name, x):
         "gelu_quick": lambda x: x / (1 + (-1.702 * x).exp()),
         "tanh": torch.tanh,
         "sigmoid": lambda x: 1 / (1 + (-x).exp()),
+        "softplus": lambda x: (1 + x.exp()).log(),
     }[name](x)
 
 
@@ -91,7 +92,10 @@ LINEARS = {
     "mixed": {"segments": (Segment(0, 3), Segment(3, 5, "gelu_tanh"), Segment(5, 11, "silu", True), Segment(11, 12))},
     "rows": {"rows": "R", "norm": LAYER, "bias": True, "softcap": 3.0},
     "rows_add": {"rows": "R", "add": True, "norm": RMS},
-} | {f"act_{a}": {"segments": (Segment(0, N, a),)} for a in ("relu", "relu2", "gelu", "gelu_quick", "tanh", "sigmoid")}
+} | {
+    f"act_{a}": {"segments": (Segment(0, N, a),)}
+    for a in ("relu", "relu2", "gelu", "gelu_quick", "tanh", "sigmoid", "softplus")
+}
 
 
 def make_linear(options, dtype=torch.float32):

@@ -53,6 +53,8 @@ SPECS = {
         weigh_rotated=True,
         **dict.fromkeys(("q_norm", "k_norm"), Norm("rms", 1e-5, weight=True)),
     ),
+    "gated_heads": attention(4, 2, 24, 10, gate="head", sinks=True),
+    "gated_columns": attention(7, 1, 24, 10, gate="column", rotary_dim=8),
     "narrow_values": attention(4, 2, 24, 10, rotary_dim=12),
     "value_norms": attention(
         rotary_dim=16, q_norm=Norm("rms", 1e-5), k_norm=Norm("rms", 1e-5, weight=True), v_norm=Norm("rms", 1e-5)
@@ -158,6 +160,8 @@ def check(
     sizes = {"q": spec.num_heads * spec.head_dim, "k": spec.num_kv_heads * spec.head_dim}
     sizes["v"] = spec.num_kv_heads * spec.v_head_dim
     tensors = {f"in.{x}": slice_of(count, width, dtype) for x, width in sizes.items()} | weights(spec)
+    if spec.gate != "none":
+        tensors["in.gate"] = slice_of(count, spec.num_heads * (spec.v_head_dim if spec.gate == "column" else 1), dtype)
     tensors["out.y"] = slice_of(count, spec.num_heads * spec.v_head_dim, dtype, float("nan"))
     kv_dtype = kv_dtype or dtype
     cache = Cache(spec, sequences, page, kv_dtype)
@@ -179,7 +183,11 @@ def check(
         slots += [cache.slot(b, p) for p in range(length - new, length)]
         keys = torch.stack([*keys, *k[at : at + new]])
         values = torch.stack([*values, *v[at : at + new]])
-        expected.append(oracle.attend(spec, double, q[at : at + new], keys, values))
+        y = oracle.attend(spec, double, q[at : at + new], keys, values)
+        if spec.gate != "none":
+            gate = double["in.gate"][at : at + new].reshape(new, spec.num_heads, -1)
+            y = (y.reshape(new, spec.num_heads, -1) * gate).reshape(y.shape)
+        expected.append(y)
         at += new
     starts = torch.tensor([0, *torch.tensor([n for _, n in sequences]).cumsum(0)] + [count] * (pad > 0) * pad)
     if spec.window and decode:
@@ -244,7 +252,9 @@ def test_one_sequence_is_cut_into_parts() -> None:
     check(SPECS["gqa"], ((500, 1),), torch.float32, 16, decode=True, kv_dtype=torch.int8)
 
 
-@pytest.mark.parametrize("name", ["gqa", "mqa", "softcap_sinks", "narrow_values", "many_columns"])
+@pytest.mark.parametrize(
+    "name", ["gqa", "mqa", "softcap_sinks", "narrow_values", "gated_heads", "gated_columns", "many_columns"]
+)
 @pytest.mark.parametrize("keys,splits,num_warps", [(16, 9, 1), (32, 4, 4)])
 def test_parts_are_joined(name: str, keys: int, splits: int, num_warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many parts as splits, fewer, and one; read all at once, and of many columns in turns."""

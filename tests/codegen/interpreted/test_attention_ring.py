@@ -34,6 +34,8 @@ SPECS = {
     "weights_after_rotation": attention(
         rotary_dim=64, weigh_rotated=True, **dict.fromkeys(("q_norm", "k_norm"), Norm("rms", 1e-5, weight=True))
     ),
+    "gated_heads": attention(gate="head"),
+    "gated_columns": attention(7, 1, gate="column"),
     "encoder": attention(causal=False),
     "two_sided_window": attention(causal=False, window=19),
 }

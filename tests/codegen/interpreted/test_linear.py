@@ -34,7 +34,7 @@ SPECS = {
     ),
     "post_only": Linear(K, N, PLAIN, norm=RMS, post_norm=Norm("layer", 1e-6), store=True),
 }
-ACTIVATIONS = ("relu", "relu2", "silu", "gelu", "gelu_tanh", "gelu_quick", "tanh", "sigmoid")
+ACTIVATIONS = ("relu", "relu2", "silu", "gelu", "gelu_tanh", "gelu_quick", "tanh", "sigmoid", "softplus")
 
 
 def tensors_for(spec: Linear, rows: int, outputs: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
