@@ -134,11 +134,17 @@ class _Lowering:
 
     def vocab_size(self) -> int:
         """Logits of a token; an encoder has none, and as many tokens as rows in its table."""
-        if self.hidden is None:
-            logits = self.steps[-1].inputs["logits"]
-            return logits.stop - logits.start
         table = next(s.weights["table"] for s in self.steps if "table" in s.weights)
-        return self.weights.weights[table].shape[0]
+        rows = self.weights.weights[table].shape[0]
+        if self.hidden is not None:
+            return rows
+        logits = self.steps[-1].inputs["logits"]
+        width = logits.stop - logits.start
+        if rows != width:
+            raise UserError(
+                f"the model reads {rows} tokens and scores {width}: dscompile compiles models of one vocabulary"
+            )
+        return width
 
     def visit(self, node: fx.Node) -> None:
         if node.op == "output" and self.graph.is_encoder:

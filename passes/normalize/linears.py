@@ -116,4 +116,15 @@ def _column_ranges(user: fx.Node) -> list[tuple[fx.Node, int, int]] | None:
         sizes = [v.shape[-1] for v in user.meta["val"]]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         return [(n, starts[i], starts[i] + sizes[i]) for i, n in split_outputs(user).items()]
-    return None
+    return _rows_of_view(user) if user.target in RESHAPES else None
+
+
+def _rows_of_view(view: fx.Node) -> list[tuple[fx.Node, int, int]] | None:
+    """The column ranges of a product that is seen as [1, T, n, m] and of which each user selects one of n."""
+    shape = view.meta["val"].shape
+    if len(shape) != 4 or len(view.args[0].meta["val"].shape) != 3 or not all(isinstance(s, int) for s in shape[2:]):
+        return None
+    if any(u.target is not aten.select.int or u.args[1] not in (2, -2) for u in view.users):
+        return None
+    places = [(u, u.args[2] % shape[2]) for u in view.users]
+    return [(u, place * shape[3], (place + 1) * shape[3]) for u, place in places]

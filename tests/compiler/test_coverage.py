@@ -39,7 +39,11 @@ def test_artifacts_agree_with_their_models(name, tmp_path):
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_understood_is_refused_in_one_line(name, tmp_path):
     make_config(REFUSED[name]).save_pretrained(tmp_path / "model")
-    reason = r"operator \S+ in \w+ mixes tokens" if name in RECURRENT else "attention|not supported|mixes tokens"
+    reason = (
+        r"operator \S+ in \w+ mixes tokens"
+        if name in RECURRENT
+        else "attention|not supported|mixes tokens|one vocabulary"
+    )
     with pytest.raises(UserError, match=reason) as caught:
         compile_model(tmp_path / "model", tmp_path / "out", dummy_weights=True, **OPTIONS)
     assert "\n" not in str(caught.value)

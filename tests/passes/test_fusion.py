@@ -146,6 +146,21 @@ class Parallel(Mlp):
         return self.out(torch.sigmoid(self.up.weight.new_ones(()) * y)) + self.down(F.gelu(self.up(y))) + x
 
 
+@pytest.mark.parametrize("axis", [2, -2])
+def test_rows_of_a_view_are_linears_of_their_own(axis):
+    class Module(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.both = nn.Linear(D, 2 * H)
+
+        def mlp(self, x, y):
+            both = self.both(y).unflatten(-1, (2, H))
+            return x + self.down(F.silu(both.select(axis, 0)) * both.select(axis, -1))
+
+    graph, misses = compiled(Module())
+    assert nodes(graph, fused_linear)[0].args[3].segments[0].gated and not misses
+
+
 def test_branches_that_are_summed_are_one_linear_concatenated_along_k():
     graph, _ = compiled(Parallel())
     sums = [n for n in nodes(graph, fused_linear) if len(n.args[0]) == 2]
