@@ -31,7 +31,8 @@ SHORT_CONTEXTS = 8192
 def attention_program(
     spec: Attention, operands: Operands, context: KernelContext
 ) -> tuple[Program, tuple[KernelRequest, ...]]:
-    """One launch where every sequence has one token; else one that fills the cache and one that attends."""
+    """One launch where every sequence has one token; else one that fills the cache, where that is this layer's to do,
+    and one that attends."""
     requests: list[KernelRequest] = []
     cases: list[Case] = []
     sizes = {"parts": 0, "moments": 0, "arrivals": 0}
@@ -47,12 +48,15 @@ def attention_program(
             parts = tasks * splits * (spec.num_heads // spec.num_kv_heads)
             needed = {"parts": 4 * parts * spec.v_head_dim, "moments": 8 * parts, "arrivals": 4 * tasks}
             sizes = {name: max(size, sizes[name]) for name, size in needed.items()}
-    append, fill = _append_launch(spec, operands, context)
-    requests.append(append)
+    before: list[Launch] = []
+    if spec.appends:
+        append, fill = _append_launch(spec, operands, context)
+        requests.append(append)
+        before.append(fill)
     for low, high, prefill in prefill_ranges(spec, operands, context):
         request, attend = prefill_launch(spec, operands, context, prefill)
         requests.append(request)
-        cases.append(Case(low, high, (fill, attend)))
+        cases.append(Case(low, high, (*before, attend)))
     scratch = tuple(Scratch(n, "1", s, zeroed=n == "arrivals") for n, s in sizes.items() if s)
     return Program(tuple(cases), scratch), tuple(requests)
 
@@ -128,9 +132,10 @@ def decode_request(
     """The kernel for steps in which every sequence has one token, and its arguments."""
     splits, keys = config.splits, config.keys
     arguments = Arguments(operands)
-    arguments.bind("in.q", "in.k", "in.v")
+    arguments.bind("in.q", *["in.k", "in.v"] * spec.appends)
     bind_norms(arguments, spec, "qkv")
-    bind_attention(arguments, spec, context, "step.context_lens", "step.block_table", "step.slots")
+    slots = ["step.slots"] * spec.appends
+    bind_attention(arguments, spec, context, "step.context_lens", "step.block_table", *slots)
     arguments.bind(*["in.gate"] * (spec.gate != "none"), "out.y")
     if splits > 1:
         arguments.bind_memory("scratch.parts", "float32")

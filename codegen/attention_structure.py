@@ -32,7 +32,7 @@ def numbers_of(spec: Attention, operands: Operands, context: KernelContext) -> d
         "SOFTCAP": spec.softcap,
         "WINDOW": spec.window,
         "CHUNK": spec.chunk,
-    } | {f"{r[-1].upper()}_STRIDE": operands[r].stride for r in ("in.q", "in.k", "in.v", "out.y")}
+    } | {f"{r[-1].upper()}_STRIDE": operands[r].stride for r in ("in.q", "in.k", "in.v", "out.y") if r in operands}
     if spec.gate != "none":
         numbers["GATE_STRIDE"] = operands["in.gate"].stride
     return numbers | (_int8_numbers(numbers, group, page, operands["in.q"].dtype) if group.dtype == "int8" else {})
@@ -80,14 +80,19 @@ def structure_of(spec: Attention, operands: Operands) -> dict:
     if spec.v_norm:
         norms["v"] = {"kind": spec.v_norm.kind, "weight": spec.v_norm.weight, "bias": spec.v_norm.bias}
     gate = {"gate": spec.gate} if spec.gate != "none" else {}
-    return gate | {
-        "norms": norms,
-        "across": spec.norm_across_heads,
-        "alibi": spec.alibi,
-        "sinks": spec.sinks,
-        "causal": spec.causal,
-        "ieee": operands["in.q"].dtype == "float32",
-    }
+    reads = {} if spec.appends else {"reads": True}
+    return (
+        gate
+        | reads
+        | {
+            "norms": norms,
+            "across": spec.norm_across_heads,
+            "alibi": spec.alibi,
+            "sinks": spec.sinks,
+            "causal": spec.causal,
+            "ieee": operands["in.q"].dtype == "float32",
+        }
+    )
 
 
 def bind_norms(arguments: Arguments, spec: Attention, which: str) -> None:

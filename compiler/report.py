@@ -101,19 +101,19 @@ def _with_absorbed(record: RegionRecord, spec: Attention, dtype: str) -> RegionR
     widths = {"q": spec.num_heads * spec.head_dim, "k": spec.num_kv_heads * spec.head_dim}
     widths["v"] = spec.num_kv_heads * spec.v_head_dim
     normed = [name for name, norm in (("q", spec.q_norm), ("k", spec.k_norm), ("v", spec.v_norm)) if norm]
-    rotated = ["q", "k"] if spec.rotary_dim else []
-    appended = widths["k"] + widths["v"]
+    rotated = (["q", "k"] if spec.appends else ["q"]) if spec.rotary_dim else []
+    append = ("cache", "append", f"[1, T, {widths['k'] + widths['v']}]")
     nodes = (
         *((f"{name}_norm", "norm", f"[1, T, {widths[name]}]") for name in normed),
         *((f"rotate_{name}", "rope", f"[1, T, {widths[name]}]") for name in rotated),
-        ("cache", "append", f"[1, T, {appended}]"),
+        *([append] if spec.appends else []),
     )
     # Each of them would have written its row for the next to read.
     saved = 2 * ITEM_SIZE[dtype] * sum(widths[name] for name in (*normed, *rotated))
     rules = (
         *([", ".join(f"norm({name})" for name in normed)] if normed else []),
-        *(["rope(q), rope(k)"] if rotated else []),
-        "append(k, v)",
+        *([", ".join(f"rope({name})" for name in rotated)] if rotated else []),
+        *(["append(k, v)"] if spec.appends else []),
     )
     return dataclasses.replace(
         record, took=(*nodes, *record.took), saved=record.saved + saved, rules=record.rules or (*rules, "attend")

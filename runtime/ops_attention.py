@@ -16,7 +16,7 @@ from dscompile.runtime.executor import StepInputs
 from dscompile.runtime.kv_cache import KVPool
 from dscompile.runtime.ops_linear import join_columns
 from dscompile.runtime.ops_norm import bind_norm, compute_dtype
-from dscompile.runtime.ops_paged import Keys, bind_cache, key_ranges, whole_sequences
+from dscompile.runtime.ops_paged import Int8LayerCache, Keys, LayerCache, bind_cache, key_ranges, whole_sequences
 from dscompile.runtime.plan import Attention
 
 Tensors = dict[str, torch.Tensor]
@@ -31,22 +31,21 @@ def bind_attention(
 ) -> Callable[[StepInputs], None]:
     """Prepare the step. Roles as in plan.Attention; `pool` is that of spec.group, None for whole sequences."""
     dtype = compute_dtype(inputs["q"])
-    prepare = _bind_prepare(spec, inputs, weights, dtype)
     attend = _Attend(spec, weights, dtype)
     y = outputs["y"]
     y_heads = y.view(-1, spec.num_heads, spec.v_head_dim)
     y_groups = None
     if y.is_contiguous() and y.dtype == dtype:
         y_groups = y.view(-1, spec.num_heads // spec.num_kv_heads, spec.v_head_dim)
-    values = _bind_values(spec, inputs, weights, dtype)
     gate = inputs["gate"].view(len(y), spec.num_heads, -1) if spec.gate != "none" else None
     if pool is None:
+        prepare, values = _bind_prepare(spec, inputs, weights, dtype), _bind_values(spec, inputs, weights, dtype)
         return _bind_whole(prepare, values, attend, y_heads, gate)
     layer = bind_cache(pool, spec.group, spec.index, dtype)
+    queries = _bind_append(spec, inputs, weights, dtype, layer)
 
     def run(step: StepInputs) -> None:
-        q, k = prepare(step)
-        layer.append(step, k, values())
+        q = queries(step)
         for keys in key_ranges(step, spec, pool):
             k_found, v_found = layer.gather(keys)
             if keys.num == len(q):
@@ -55,6 +54,22 @@ def bind_attention(
                 attend.prefill(q[keys.queries], k_found, v_found, keys, y_heads[keys.queries])
         if gate is not None:
             y_heads.mul_(gate)
+
+    return run
+
+
+def _bind_append(
+    spec: Attention, inputs: Tensors, weights: Tensors, dtype: torch.dtype, layer: LayerCache | Int8LayerCache
+) -> Callable[[StepInputs], torch.Tensor]:
+    """Append k and v to the cache, unless an earlier step has, and return q [T, H, D]."""
+    if not spec.appends:
+        return _bind_operand(spec, inputs["q"], "q_norm", weights, dtype)
+    prepare, values = _bind_prepare(spec, inputs, weights, dtype), _bind_values(spec, inputs, weights, dtype)
+
+    def run(step: StepInputs) -> torch.Tensor:
+        q, k = prepare(step)
+        layer.append(step, k, values())
+        return q
 
     return run
 
@@ -91,10 +106,9 @@ def _bind_values(spec: Attention, inputs: Tensors, weights: Tensors, dtype: torc
 def _bind_prepare(spec: Attention, inputs: Tensors, weights: Tensors, dtype: torch.dtype) -> Prepare:
     """q [T, H, D] and k [T, Hkv, D] after their norms and the rotary embedding."""
     q, k = inputs["q"], inputs["k"]
-    heads, kv_heads = (-1, spec.num_heads, spec.head_dim), (-1, spec.num_kv_heads, spec.head_dim)
-    rotate = _bind_rotate(spec, weights, dtype)
     joined = join_columns([q, k]) if spec.q_norm is None and spec.k_norm is None else None
     if joined is not None and q.dtype == dtype:
+        rotate = _bind_rotate(spec, weights, dtype)
         both, split = joined.view(-1, spec.num_heads + spec.num_kv_heads, spec.head_dim), spec.num_heads
 
         def run_joined(step: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,16 +116,19 @@ def _bind_prepare(spec: Attention, inputs: Tensors, weights: Tensors, dtype: tor
             return rotated[:, :split], rotated[:, split:]
 
         return run_joined
-    q_norm, k_norm = (_bind_head_norm(spec, weights, role, dtype) for role in ("q_norm", "k_norm"))
-    q_weigh, k_weigh = (_bind_weigh_rotated(spec, weights, role, dtype) for role in ("q_norm", "k_norm"))
-    if not spec.norm_across_heads:
-        q, k = q.view(heads), k.view(kv_heads)
+    queries, keys = (_bind_operand(spec, x, role, weights, dtype) for x, role in ((q, "q_norm"), (k, "k_norm")))
+    return lambda step: (queries(step), keys(step))
 
-    def run(step: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        rotated_q = q_weigh(rotate(q_norm(q.to(dtype)).view(heads), step))
-        return rotated_q, k_weigh(rotate(k_norm(k.to(dtype)).view(kv_heads), step))
 
-    return run
+def _bind_operand(
+    spec: Attention, x: torch.Tensor, role: str, weights: Tensors, dtype: torch.dtype
+) -> Callable[[StepInputs], torch.Tensor]:
+    """q or k [T, n * D] as heads [T, n, D], after its norm `role` and the rotary embedding."""
+    heads = (len(x), -1, spec.head_dim)
+    norm, weigh = (bind(spec, weights, role, dtype) for bind in (_bind_head_norm, _bind_weigh_rotated))
+    rotate = _bind_rotate(spec, weights, dtype)
+    x = x if spec.norm_across_heads else x.view(heads)
+    return lambda step: weigh(rotate(norm(x.to(dtype)).view(heads), step))
 
 
 def _bind_head_norm(spec: Attention, weights: Tensors, role: str, dtype: torch.dtype):

@@ -133,8 +133,10 @@ class Attention:
     sinks: a logit per head that joins the softmax's denominator and has no value.
 
     gate: the output is multiplied by a number for each head or for each of its columns, which comes as it is.
+    appends: False where k and v are those of an earlier step: this one reads them at that step's place in the cache, of
+    which `group` and `index` are the numbers, appends nothing and has neither k_norm nor v_norm.
 
-    in:      q, k, v; gate [T, num_heads] of heads, [T, num_heads * v_head_dim] of columns
+    in:      q; k and v if `appends`; gate [T, num_heads] of heads, [T, num_heads * v_head_dim] of columns
     weights: rope_cos, rope_sin [max_seq_len, rotary_dim / 2] float32 if rotary_dim; alibi_slopes [num_heads] float32;
              sinks [num_heads] float32; q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias, v_norm_weight,
              v_norm_bias
@@ -164,6 +166,7 @@ class Attention:
     alibi: bool = False
     sinks: bool = False
     v_norm: Norm | None = None
+    appends: bool = True
 
 
 @dataclass(frozen=True)

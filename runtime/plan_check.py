@@ -51,6 +51,7 @@ def check_plan(plan: Plan, manifest: Manifest | None = None) -> None:
         for step in plan.steps:
             where = step.name
             _check_step(plan, step)
+        _check_cache(plan)
         for name, program in plan.programs.items():
             where = name
             scratch = {s.name for s in program.scratch}
@@ -115,6 +116,19 @@ def _check_step(plan: Plan, step: Step) -> None:
     if "weight" in step.weights:
         dtype = plan.weights[step.weights["weight"]].dtype
         _need((dtype == "int8") == quantized, f"has a weight of {dtype}, which its quantization contradicts")
+
+
+def _check_cache(plan: Plan) -> None:
+    """What an attention reads of another layer's cache is there before it."""
+    filled = set()
+    for step in plan.steps:
+        if isinstance(step.spec, Attention):
+            place = step.spec.group, step.spec.index
+            _need(
+                step.spec.appends or place in filled,
+                f"{step.name} reads a place in the cache that no step before fills",
+            )
+            filled.add(place)
 
 
 def _compare(kind: str, found: dict, wanted: dict) -> None:
@@ -183,11 +197,14 @@ def _attention(plan: Plan, spec: Attention) -> tuple[dict, dict, dict]:
     _need(shape == (group.num_kv_heads, group.head_dim, group.v_head_dim), "has another shape than its KV group")
     _need((spec.window, spec.chunk) == (group.window, group.chunk), "has another window than its KV group")
     _need(spec.num_heads % spec.num_kv_heads == 0, "has heads that no KV head serves")
+    _need(
+        spec.appends or (spec.causal and not spec.k_norm and not spec.v_norm), "has keys of its own, and appends none"
+    )
     _need(spec.rotary_dim % 2 == 0 and spec.rotary_dim <= spec.head_dim, "has a bad rotary_dim")
     q, k = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    own = spec.norm_across_heads or spec.norm_by_head
-    weights = _norm(spec.q_norm, "q_norm", q if own else spec.head_dim)
-    weights |= _norm(spec.k_norm, "k_norm", k if own else spec.head_dim)
+    heads_differ = spec.norm_across_heads or spec.norm_by_head
+    weights = _norm(spec.q_norm, "q_norm", q if heads_differ else spec.head_dim)
+    weights |= _norm(spec.k_norm, "k_norm", k if heads_differ else spec.head_dim)
     weights |= _norm(spec.v_norm, "v_norm", spec.v_head_dim)
     plain = all(n is None or (n.kind == "rms" and not n.bias) for n in (spec.q_norm, spec.k_norm))
     _need(plain or not spec.weigh_rotated, "weighs after the rotation what is not an rms norm without bias")
@@ -196,7 +213,7 @@ def _attention(plan: Plan, spec: Attention) -> tuple[dict, dict, dict]:
     weights |= {"alibi_slopes": (spec.num_heads,)} if spec.alibi else {}
     weights |= {"sinks": (spec.num_heads,)} if spec.sinks else {}
     outputs = {"y": spec.num_heads * spec.v_head_dim}
-    inputs = {"q": q, "k": k, "v": spec.num_kv_heads * spec.v_head_dim}
+    inputs = {"q": q} | ({"k": k, "v": spec.num_kv_heads * spec.v_head_dim} if spec.appends else {})
     if spec.gate != "none":
         inputs["gate"] = spec.num_heads * (spec.v_head_dim if spec.gate == "column" else 1)
     return inputs, outputs, weights

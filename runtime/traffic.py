@@ -23,6 +23,8 @@ def bytes_per_step(plan: Plan, batch: int, context: int) -> int:
         for role, name in step.weights.items():
             weights[name, role == "table"] = _weight_bytes(plan, step, role, batch)
     cache = sum(block_bytes(group, 1) for group in plan.kv_groups)
+    shared = (plan.kv_groups[s.spec.group] for s in plan.steps if isinstance(s.spec, Attention) and not s.spec.appends)
+    cache += sum(block_bytes(group, 1) // group.num_layers for group in shared)
     return round(sum(weights.values())) + batch * context * cache
 
 

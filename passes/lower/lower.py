@@ -131,6 +131,7 @@ class _Lowering:
         self.groups: list[KVGroup] = []
         self.hidden: Ref | None = None
         self._activations: dict[fx.Node, bool] = {}
+        self._cached: dict[object, Attention] = {}
 
     def vocab_size(self) -> int:
         """Logits of a token; an encoder has none, and as many tokens as rows in its table."""
@@ -184,6 +185,15 @@ class _Lowering:
 
     def _attention(self, node: fx.Node) -> None:
         q, k, v, _, weights, spec, *gate = node.args
+        roles = (("q", q), ("k", k), ("v", v), *(("gate", x) for x in gate))
+        inputs = {role: self.placement.ref(x) for role, x in roles}
+        keys = _keys_of(node)
+        if (first := self._cached.get(keys)) is not None:
+            place = {"group": first.group, "index": first.index}
+            spec = dataclasses.replace(spec, **place, appends=False, k_norm=None, v_norm=None)
+            weights = {role: w for role, w in weights.items() if role[:2] not in ("k_", "v_")}
+            self._step(node, spec, {role: x for role, x in inputs.items() if role not in ("k", "v")}, weights)
+            return
         shape = (spec.num_kv_heads, spec.head_dim, spec.v_head_dim, self.kv_dtype, spec.window, spec.chunk)
         if self.kv_dtype == "int8" and (spec.head_dim % 2 or spec.v_head_dim % 2):
             odd = f"{spec.head_dim} and {spec.v_head_dim} columns"
@@ -197,8 +207,8 @@ class _Lowering:
         index = group.num_layers if spec.causal else 0
         spec = dataclasses.replace(spec, group=number, index=index)
         self.groups[number] = dataclasses.replace(group, num_layers=index + 1)
-        roles = (("q", q), ("k", k), ("v", v), *(("gate", x) for x in gate))
-        inputs = {role: self.placement.ref(x) for role, x in roles}
+        if spec.causal:
+            self._cached[keys] = spec
         self._step(node, spec, inputs, weights)
 
     def _moe(self, node: fx.Node) -> None:
@@ -261,6 +271,16 @@ class _Lowering:
                 2 * ITEM_SIZE[self.dtype] * node.meta.get("saved", 0),
             )
         )
+
+
+def _keys_of(node: fx.Node) -> object:
+    """What decides an attention's keys and values and how long they are kept: of equal ones, one append serves all."""
+    _, k, v, _, weights, spec, *_ = node.args
+    roles = ("rope_cos", "rope_sin", "k_norm_weight", "k_norm_bias", "v_norm_weight", "v_norm_bias")
+    own = dataclasses.replace(
+        spec, num_heads=0, scale=1.0, index=0, softcap=0.0, q_norm=None, alibi=False, sinks=False, gate="none"
+    )
+    return k, v, own, tuple(weights.get(role) for role in roles)
 
 
 def _class_key(step: Step) -> object:

@@ -60,6 +60,8 @@ def _producer(x: fx.Node) -> tuple[fx.Node | None, Tensor | None, str]:
         return x, torch.arange(x.meta["val"].shape[-1]), ""
     if x.target is vocabulary.attention:
         values, spec = x.args[2], x.args[5]
+        if spec.v_norm is not None or x.args[1] is values:
+            return None, None, f"the values of {x.name} are normalised, or its keys too"
         channel = torch.arange(spec.num_heads * spec.v_head_dim)
         head = channel // spec.v_head_dim // (spec.num_heads // spec.num_kv_heads)
         channel = head * spec.v_head_dim + channel % spec.v_head_dim

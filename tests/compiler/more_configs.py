@@ -90,6 +90,7 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     ),
     "gemma": ("GemmaConfig", {**LLAMA, **_HEADS}),
     "gemma4": ("Gemma4TextConfig", {**_GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}),
+    "gemma4_shared": ("Gemma4TextConfig", {**_GEMMA4, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}),
     "glm": ("GlmConfig", {**LLAMA, **_HEADS}),
     "glm4_moe": ("Glm4MoeConfig", {**LLAMA, **_ROUTED_EXPERTS}),
     "granitemoe": ("GraniteMoeConfig", {**LLAMA, **_LOCAL_EXPERTS}),

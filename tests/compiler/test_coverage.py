@@ -9,12 +9,14 @@ import pytest
 
 from benchmarks.coverage import DOCUMENT, refusal, row
 from dscompile.compiler.compile import compile_model
+from dscompile.runtime.artifact import read_plan
 from dscompile.runtime.errors import UserError
+from dscompile.runtime.plan import Attention
 from tests.compiler.tiny import CONFIGS, OPTIONS, RECURRENT, REFUSED, make_config, save_model
 
 # Operators that torch runs: gates of shared experts, a sum of experts that is normalised, clamped queries, keys and
 # values, positions added to a normalised embedding; factors of layers.
-FALLBACKS = {"qwen2_moe": 2, "afmoe": 1, "olmo_clipped": 6, "blenderbot_small": 1, "gemma4": 4}
+FALLBACKS = {"qwen2_moe": 2, "afmoe": 1, "olmo_clipped": 6, "blenderbot_small": 1, "gemma4": 4, "gemma4_shared": 4}
 # Layers with a linear on its own: torch has the attention's operands in hand.
 OPEN_ATTENTION = {"olmo_clipped"}
 # Models with a linear between the embedding and the layers.
@@ -34,6 +36,20 @@ def test_artifacts_agree_with_their_models(name, tmp_path):
         assert not layer_class.layers or names >= {"attn_in", "attention", "attn_out"} or name in OPEN_ATTENTION
         assert "linear" not in names or name in (OPEN_ATTENTION if layer_class.layers else PROJECTED)
     _assert_documented(row(name, report))
+
+
+def test_layers_that_share_keys_keep_them_once(tmp_path):
+    save_model("gemma4_shared", tmp_path / "model")
+    compile_model(tmp_path / "model", tmp_path / "out", **OPTIONS | {"verify": False})
+    plan = read_plan(tmp_path / "out")
+    attentions = [s for s in plan.steps if isinstance(s.spec, Attention)]
+    assert [(s.spec.window, s.spec.appends, *s.inputs) for s in attentions] == [
+        (8, True, "q", "k", "v"),
+        (0, True, "q", "k", "v"),
+        (8, False, "q"),
+        (0, False, "q"),
+    ]
+    assert [group.num_layers for group in plan.kv_groups] == [1, 1]
 
 
 @pytest.mark.parametrize("name", REFUSED)

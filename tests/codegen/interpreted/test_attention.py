@@ -59,6 +59,8 @@ SPECS = {
     "value_norms": attention(
         rotary_dim=16, q_norm=Norm("rms", 1e-5), k_norm=Norm("rms", 1e-5, weight=True), v_norm=Norm("rms", 1e-5)
     ),
+    "reads": attention(rotary_dim=16, q_norm=Norm("rms", 1e-5, weight=True), appends=False),
+    "reads_window": attention(7, 1, 24, 10, window=21, appends=False),
     "narrow_value_norms": attention(4, 2, 24, 10, v_norm=Norm("layer", 1e-5, weight=True, bias=True)),
     "encoder": attention(causal=False),
     "two_sided_window": attention(causal=False, window=9),
@@ -173,6 +175,18 @@ def check(
     v = oracle.heads(spec, {k: v[:real] if k[:3] == "in." else v for k, v in double.items()}, "v", positions)
     if kv_dtype == torch.int8:
         k, v = as_int8(k), as_int8(v)
+    if not spec.appends:
+        k, v = (
+            torch.empty(real, spec.num_kv_heads, width, dtype=torch.float64)
+            for width in (spec.head_dim, spec.v_head_dim)
+        )
+        at = 0
+        for b, (length, new) in enumerate(sequences):
+            for p in range(length - new, length):
+                k[at], v[at] = cache.write(cache.slot(b, p))
+                at += 1
+        for role in ("in.k", "in.v"):
+            del tensors[role]
     slots, expected, at = [], [], 0
     for b, (length, new) in enumerate(sequences):
         keys, values = [], []
