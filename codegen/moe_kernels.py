@@ -165,7 +165,9 @@ def _up_row(draft: _Draft, tile: RowTile) -> Launch:
 def _down_row(draft: _Draft, tile: RowTile) -> Launch:
     spec = draft.spec
     structure = {"bias": spec.bias, "scale_input": spec.scale_input, "residuals": spec.residuals}
+    structure |= {"factor": True} if spec.factor else {}
     roles = "w.down" + " w.down_bias" * spec.bias + "".join(f" in.residual{i}" for i in range(spec.residuals))
+    roles += " in.factor" * spec.factor
     roles += " scratch.chosen" + " scratch.factors" * (not spec.scale_input) + " scratch.hidden out.y"
     return draft.launch(
         "moe_down_row",
@@ -221,13 +223,14 @@ def _tiles(draft: _Draft, tile: Tile, tiles: Extent) -> tuple[Launch, ...]:
         **options,
     )
     residuals = [f"in.residual{i}" for i in range(spec.residuals)]
+    factor = {"factor_stride": operands["in.factor"].stride} if spec.factor else {}
     block = min(1024, next_power_of_2(spec.in_features))
     combine = draft.launch(
         "moe_combine",
-        " ".join(["scratch.parts", *residuals, "out.y"]),
+        " ".join(["scratch.parts", *residuals, *["in.factor"] * spec.factor, "out.y"]),
         {"K": spec.in_features, "TOP_K": spec.router.top_k, "BLOCK": block, "Y_STRIDE": operands["out.y"].stride},
         (Extent(1, "T"), Extent(ceil_div(spec.in_features, block))),
-        structure={"residual_strides": [operands[r].stride for r in residuals]},
+        structure={"residual_strides": [operands[r].stride for r in residuals]} | factor,
         num_stages=1,
     )
     return sort, up, down, combine

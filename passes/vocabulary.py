@@ -206,8 +206,15 @@ def attention(
     return y.flatten(2)
 
 
-def moe(x: Tensor, logits: Tensor, residuals: tuple[Tensor, ...], weights: dict[str, Tensor], spec: Moe) -> Tensor:
-    """[1, T, K], [1, T, num_experts], [1, T, K] each -> [1, T, K], see `plan.Moe`."""
+def moe(
+    x: Tensor,
+    logits: Tensor,
+    residuals: tuple[Tensor, ...],
+    weights: dict[str, Tensor],
+    spec: Moe,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """[1, T, K], [1, T, num_experts], [1, T, K] each, factor [1, T, 1] -> [1, T, K], see `plan.Moe`."""
     index, factors = route(logits[0], weights.get("correction"), spec.router)
     y = traced_moe(
         x[0],
@@ -224,6 +231,8 @@ def moe(x: Tensor, logits: Tensor, residuals: tuple[Tensor, ...], weights: dict[
         False,
         spec.scale_input,
     )
+    if factor is not None:
+        residuals = (residuals[0] * factor, *residuals[1:])
     return sum(residuals, y[None])
 
 

@@ -82,8 +82,8 @@ def bind_moe(spec: Moe, inputs: Tensors, outputs: Tensors, weights: Tensors) -> 
                 y = expert(number, v) * factors[of_expert]
             total.index_add_(0, rows[of_expert], y)
             start += count
-        for residual in residuals:
-            total += residual
+        for i, residual in enumerate(residuals):
+            total += residual.to(dtype) * inputs["factor"] if spec.factor and i == 0 else residual
         y_TK.copy_(total)
 
     return run

@@ -198,8 +198,9 @@ class Moe:
     expert_e(x) = down_e (act(min(g, limit)) * (clamp(u, -limit, limit) + shift)) [+ down_bias_e]
     [g | u] = gate_up_e x [+ gate_up_bias_e];  limit 0: none
     scale_input: expert_e(w_e * x) instead of w_e * expert_e(x)
+    factor: residual_0 is multiplied by a number for each row first
 
-    in:      x [T, K]; logits [T, num_experts]; residual0.. [T, K]
+    in:      x [T, K]; logits [T, num_experts]; residual0.. [T, K]; factor [T, 1] if `factor`
     weights: gate_up [num_experts, 2 F, K], gate rows first; down [num_experts, K, F];
              gate_up_bias [num_experts, 2 F] and down_bias [num_experts, K] if `bias`;
              correction [num_experts] float32 if the router has one
@@ -215,6 +216,7 @@ class Moe:
     bias: bool = False
     scale_input: bool = False
     residuals: int = 0
+    factor: bool = False
 
 
 @dataclass(frozen=True)

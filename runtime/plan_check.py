@@ -227,6 +227,8 @@ def _moe(spec: Moe) -> tuple[dict, dict, dict]:
     _need(router.top_k <= experts // router.num_groups * router.top_groups, "chooses more experts than groups hold")
     _need(router.group_top <= experts // router.num_groups, "judges groups by more experts than they hold")
     inputs = {"x": k, "logits": experts} | {f"residual{i}": k for i in range(spec.residuals)}
+    inputs |= {"factor": 1} if spec.factor else {}
+    _need(spec.residuals > 0 or not spec.factor, "has a factor of no residual")
     weights: dict = {"gate_up": (experts, 2 * f, k), "down": (experts, k, f)}
     weights |= {"gate_up_bias": (experts, 2 * f), "down_bias": (experts, k)} if spec.bias else {}
     weights |= {"correction": (experts,)} if router.correction else {}

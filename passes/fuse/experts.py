@@ -1,4 +1,4 @@
-"""moe(x) + r: a sum's other term in the epilogue of the mixture of experts it adds."""
+"""moe(x) + r, moe(x) + f r: a sum's other term, and its factor of a row, in the epilogue of the mixture it adds."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ class Match:
     total: fx.Node
     experts: fx.Node
     residual: fx.Node
+    factored: tuple[fx.Node, fx.Node, fx.Node] | None
+    """What the residual is a product of, with a number for each row that is repeated, and that number."""
 
 
 def _anchor(graph: ModelGraph, node: fx.Node) -> None:
@@ -29,7 +31,17 @@ def _pattern(graph: ModelGraph, node: fx.Node) -> Match | None:
         return None
     for experts, residual in (node.args, node.args[::-1]):
         if experts.target is vocabulary.moe:
-            return Match(node, experts, residual)
+            taken = experts.args[4].factor
+            return Match(node, experts, residual, None if taken else _factored(residual))
+    return None
+
+
+def _factored(product: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    if product.target is not vocabulary.mul or len(product.users) > 1:
+        return None
+    for x, repeated in (product.args, product.args[::-1]):
+        if repeated.target is vocabulary.repeat_columns and repeated.args[0].meta["val"].shape[-1] == 1:
+            return x, repeated, repeated.args[0]
     return None
 
 
@@ -39,10 +51,16 @@ def _check(graph: ModelGraph, match: Match) -> str | None:
 
 
 def _rewrite(graph: ModelGraph, match: Match) -> None:
-    x, logits, residuals, weights, spec = match.experts.args
+    x, logits, residuals, weights, spec, *factor = match.experts.args
     spec = dataclasses.replace(spec, residuals=len(residuals) + 1)
-    args = (x, logits, (*residuals, match.residual), weights, spec)
-    replace_with_region(graph, match.total, vocabulary.moe, args, [match.experts, match.total], RULE.name)
+    if match.factored:
+        residual, repeated, number = match.factored
+        args = (x, logits, (residual, *residuals), weights, dataclasses.replace(spec, factor=True), number)
+        took = [match.experts, repeated, match.residual, match.total]
+    else:
+        args = (x, logits, (*residuals, match.residual), weights, spec, *factor)
+        took = [match.experts, match.total]
+    replace_with_region(graph, match.total, vocabulary.moe, args, took, RULE.name)
 
 
 def _is_new(graph: ModelGraph, node: fx.Node) -> fx.Node | None:

@@ -212,9 +212,11 @@ class _Lowering:
         self._step(node, spec, inputs, weights)
 
     def _moe(self, node: fx.Node) -> None:
-        x, logits, residuals, weights, spec = node.args
+        x, logits, residuals, weights, spec, *factor = node.args
         inputs = {"x": self.placement.ref(x), "logits": self.placement.ref(logits)}
         inputs |= {f"residual{i}": self.placement.ref(r) for i, r in enumerate(residuals)}
+        if factor:
+            inputs["factor"] = self.placement.ref(*factor)
         self._step(node, spec, inputs, weights)
 
     def _sample(self, node: fx.Node) -> None:

@@ -115,20 +115,36 @@ def _close(values: Tensor, expected: Tensor) -> bool:
 
 
 def canonical_arithmetic(graph: ModelGraph, log: Log) -> None:
-    """x + y and x * y of two activations of one shape  ->  add(x, y), mul(x, y)"""
+    """x + y and x * y of two activations of one shape  ->  add(x, y), mul(x, y); one number a row is repeated first"""
     targets = {aten.add.Tensor: vocabulary.add, aten.mul.Tensor: vocabulary.mul}
     memo: dict[fx.Node, bool] = {}
     for node in list(graph.graph.nodes):
         if node.target not in targets or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
             continue
-        if any(a.meta["val"].shape != node.meta["val"].shape for a in node.args):
+        if any(a.meta["val"].shape not in (node.meta["val"].shape, _one_a_row(node)) for a in node.args):
             continue
         if not all(a.target is vocabulary.position_embedding or depends_on_tokens(graph, memo, a) for a in node.args):
             continue
         with graph.graph.inserting_before(node):
-            new = graph.graph.call_function(targets[node.target], node.args)
+            args = tuple(_repeated(graph, node, a) for a in node.args)
+            new = graph.graph.call_function(targets[node.target], args)
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         memo[new] = True
         log.matched(f"x, y -> {targets[node.target].__name__}")
     graph.drop_dead()
+
+
+def _one_a_row(node: fx.Node) -> torch.Size | None:
+    """The shape of a number for each row of a node [1, T, N]."""
+    shape = node.meta["val"].shape
+    return torch.Size((*shape[:-1], 1)) if len(shape) == 3 else None
+
+
+def _repeated(graph: ModelGraph, node: fx.Node, argument: fx.Node) -> fx.Node:
+    """A number for each row repeated over the columns of `node`, which reads it; anything else as it is."""
+    if argument.meta["val"].shape == node.meta["val"].shape:
+        return argument
+    new = graph.graph.call_function(vocabulary.repeat_columns, (argument, node.meta["val"].shape[-1]))
+    new.meta = {**argument.meta, "val": node.meta["val"]}
+    return new

@@ -80,6 +80,7 @@ def product(spec: Linear, v: torch.Tensor, t: Tensors) -> torch.Tensor:
 def moe(spec: Moe, tensors: Tensors) -> torch.Tensor:
     """A mixture of experts in float64, token by token."""
     t = {k: v.double() for k, v in tensors.items()}
+    t |= {"in.residual0": t["in.residual0"] * t["in.factor"]} if spec.factor else {}
     y = sum((t[f"in.residual{i}"] for i in range(spec.residuals)), torch.zeros_like(t["in.x"]))
     index, factors = route(t["in.logits"], t.get("w.correction"), spec.router)
     for token, (experts, weights) in enumerate(zip(index.tolist(), factors, strict=True)):

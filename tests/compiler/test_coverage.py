@@ -14,9 +14,9 @@ from dscompile.runtime.errors import UserError
 from dscompile.runtime.plan import Attention
 from tests.compiler.tiny import CONFIGS, OPTIONS, RECURRENT, REFUSED, make_config, save_model
 
-# Operators that torch runs: gates of shared experts, a sum of experts that is normalised, clamped queries, keys and
-# values, positions added to a normalised embedding; factors of layers.
-FALLBACKS = {"qwen2_moe": 2, "afmoe": 1, "olmo_clipped": 6, "blenderbot_small": 1, "gemma4": 4, "gemma4_shared": 4}
+# Operators that torch runs: a sum of experts that is normalised, clamped queries, keys and values, positions added to a
+# normalised embedding; factors of layers.
+FALLBACKS = {"afmoe": 1, "olmo_clipped": 6, "blenderbot_small": 1, "gemma4": 4, "gemma4_shared": 4}
 # Layers with a linear on its own: torch has the attention's operands in hand.
 OPEN_ATTENTION = {"olmo_clipped"}
 # Models with a linear between the embedding and the layers.

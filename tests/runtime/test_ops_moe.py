@@ -57,15 +57,17 @@ def test_route(name):
 @pytest.mark.parametrize("limit,shift,bias", [(0.0, 0.0, False), (0.8, 1.0, True)])
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
 def test_moe(name, limit, shift, bias, scale_input, dtype):
-    router = ROUTERS[name]
-    spec = Moe(K, F, router, "silu", limit, shift, bias, scale_input, residuals=2)
+    router, factored = ROUTERS[name], bias
+    spec = Moe(K, F, router, "silu", limit, shift, bias, scale_input, residuals=2, factor=factored)
     inputs = {"x": random(T, K, seed=1), "logits": random(T, E, seed=2)}
     inputs |= {f"residual{i}": random(T, K, seed=3 + i) for i in range(2)}
+    inputs |= {"factor": random(T, 1, seed=10)} if factored else {}
     weights = {"gate_up": random(E, 2 * F, K, seed=5), "down": random(E, K, F, seed=6)}
     weights |= {"gate_up_bias": random(E, 2 * F, seed=7), "down_bias": random(E, K, seed=8)} if bias else {}
     inputs, weights = ({n: x.to(dtype) for n, x in d.items()} for d in (inputs, weights))
     weights |= {"correction": random(E, seed=9)} if router.correction else {}
-    expected = inputs["residual0"].double() + inputs["residual1"].double()
+    expected = inputs["residual0"].double() * (inputs["factor"].double() if factored else 1)
+    expected = expected + inputs["residual1"].double()
     w = {n: x.double() for n, x in weights.items()}
     correction = w.get("correction", torch.zeros(E)).tolist()
     for t in range(T):

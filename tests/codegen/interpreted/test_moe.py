@@ -16,6 +16,7 @@ SPECS = {
     "qwen": Moe(K, F, Router(E, 3, "softmax", False), "silu"),
     "clamped": Moe(K, F, Router(E, 2, "softmax", True), "gelu_quick", limit=0.8, shift=1.0, bias=True, residuals=2),
     "scaled_input": Moe(K, F, Router(E, 1, "sigmoid", False), "silu", scale_input=True, bias=True),
+    "factored_residual": Moe(K, F, Router(E, 2, "softmax", False), "silu", residuals=2, factor=True),
     "groups": Moe(K, F, Router(E, 3, "sigmoid", True, 2.5, True, num_groups=3, top_groups=2, group_top=2), "gelu"),
     "best_group": Moe(K, F, Router(E, 2, "softmax", False, 16.0, num_groups=2, top_groups=1), "silu", residuals=1),
 }
@@ -34,6 +35,7 @@ def tensors_for(spec: Moe, rows: int, dtype: torch.dtype) -> dict[str, torch.Ten
         t |= {"w.gate_up_bias": torch.randn(experts, 2 * F).to(dtype), "w.down_bias": torch.randn(experts, K).to(dtype)}
     if spec.router.correction:
         t["w.correction"] = 0.3 * torch.randn(experts)
+    t |= {"in.factor": slice_of(rows, 1, dtype)} if spec.factor else {}
     return t | {f"in.residual{i}": slice_of(rows, K, dtype) for i in range(spec.residuals)}
 
 
