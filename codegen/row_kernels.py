@@ -48,8 +48,8 @@ def embed_program(spec: Embed, operands: Operands) -> tuple[Program, tuple[Kerne
 
 
 def row_norm_program(spec: RowNorm, operands: Operands, width: int) -> tuple[Program, tuple[KernelRequest, ...]]:
-    """One program a row."""
-    request, launch = row_norm_launch(spec, operands, width, out="out.y")
+    """One program a row, or a row's group."""
+    request, launch = row_norm_launch(spec, operands, width // spec.groups, out="out.y")
     return Program((Case(1, 0, (launch,)),)), (request,)
 
 
@@ -99,8 +99,11 @@ def row_norm_launch(
         structure["rows"] = rows
     if quantized:
         structure["quantized"] = quantized
+    groups = spec.groups if isinstance(spec, RowNorm) else 1
+    if groups > 1:
+        structure["groups"] = True
     request = kernel_request("row_norm", numbers, params, structure=structure, num_warps=_warps(width), num_stages=1)
-    return request, Launch("kernel", request.name, arguments.args, (Extent(1, rows),))
+    return request, Launch("kernel", request.name, arguments.args, (Extent(1, rows), *[Extent(groups)] * (groups > 1)))
 
 
 def _warps(width: int) -> int:

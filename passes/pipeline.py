@@ -24,6 +24,7 @@ from dscompile.passes.normalize.constant_rows import fold_constant_rows
 from dscompile.passes.normalize.elementwise import canonical_arithmetic, name_functions
 from dscompile.passes.normalize.embeddings import canonical_embeddings
 from dscompile.passes.normalize.experts import canonical_experts
+from dscompile.passes.normalize.groups import flatten_groups
 from dscompile.passes.normalize.heads import flatten_heads
 from dscompile.passes.normalize.layers import assign_layers
 from dscompile.passes.normalize.linears import canonical_linears, split_packed_linears
@@ -50,6 +51,7 @@ PIPELINE = (
             flatten_heads,
             canonical_attentions,
             split_packed_linears,
+            flatten_groups,
             canonical_embeddings,
             fold_constant_rows,
             name_functions,

@@ -117,7 +117,7 @@ class RowSum:
 
 @dataclass(frozen=True)
 class ScaleRows:
-    """x with row i times by[i]."""
+    """x with row i, of whatever shape, times by[i]."""
 
     x: Recipe
     by: Recipe
@@ -248,7 +248,8 @@ def evaluate(recipe: Recipe, lookup: Callable[[Source | Constant], Tensor]) -> T
             w = evaluate(recipe.x, lookup)
             return torch.cat([rows.double().sum(-1).float() for rows in w.split(4096)])
         case ScaleRows():
-            return evaluate(recipe.x, lookup).float() * evaluate(recipe.by, lookup).float()[:, None]
+            x, by = evaluate(recipe.x, lookup).float(), evaluate(recipe.by, lookup).float()
+            return x * by.view(-1, *[1] * (x.ndim - 1))
         case Quantize():
             return _quantized(recipe, lookup)
     raise TypeError(f"not a recipe: {recipe!r}")

@@ -134,6 +134,11 @@ def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Norm) -> T
     return y if bias is None else y + bias
 
 
+def group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Norm, groups: int) -> Tensor:
+    """[1, T, groups * P], [P], [P] -> [1, T, groups * P], each group of columns normalised by itself."""
+    return norm(x.unflatten(-1, (groups, -1)), weight, bias, spec).flatten(-2)
+
+
 def activation(x: Tensor, kind: Activation) -> Tensor:
     """Element by element."""
     return ACTIVATIONS[kind](x)

@@ -114,7 +114,11 @@ def _bind_embed(spec: Embed, outputs: Tensors, weights: Tensors) -> Run:
 
 
 def _bind_row_norm(spec: RowNorm, inputs: Tensors, outputs: Tensors, weights: Tensors) -> Run:
-    x, add, y = inputs["x"], inputs.get("add"), outputs["y"]
+    def grouped(rows: torch.Tensor) -> torch.Tensor:
+        return rows.unflatten(-1, (spec.groups, -1)) if spec.groups > 1 else rows
+
+    x, y = grouped(inputs["x"]), grouped(outputs["y"])
+    add = grouped(inputs["add"]) if "add" in inputs else None
     dtype = compute_dtype(x)
     norm = bind_norm(spec.norm, weights, "norm", dtype)
 

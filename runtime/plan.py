@@ -221,10 +221,14 @@ class Moe:
 
 @dataclass(frozen=True)
 class RowNorm:
-    """A norm that no linear could take in: y = norm(x [+ add]). in: x, add; weights: norm_weight, norm_bias; out: y."""
+    """A norm that no linear could take in: y = norm(x [+ add]). in: x, add; weights: norm_weight, norm_bias; out: y.
+
+    groups: equal ranges of columns, each normalised by itself; they share the weights.
+    """
 
     norm: Norm
     add: bool = False
+    groups: int = 1
 
 
 @dataclass(frozen=True)

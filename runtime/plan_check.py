@@ -157,7 +157,8 @@ def _signature(plan: Plan, spec: Spec, step: Step) -> tuple[dict, dict, dict]:
         case RowNorm():
             width = step.outputs["y"].stop - step.outputs["y"].start if "y" in step.outputs else 0
             inputs = {"x": width} | ({"add": width} if spec.add else {})
-            return inputs, {"y": width}, _norm(spec.norm, "norm", width)
+            _need(spec.groups > 0 and width % spec.groups == 0, "has groups of unequal widths")
+            return inputs, {"y": width}, _norm(spec.norm, "norm", width // spec.groups)
         case Sample():
             return {"logits": plan.vocab_size}, {}, {}
         case Aten():

@@ -27,7 +27,7 @@ def name_regions(graph: ModelGraph, log: Log) -> None:
             node.meta["regions"] = ("moe",)
         elif node.target is fused_embed:
             node.meta["regions"] = ("embed",)
-        elif node.target is vocabulary.norm:
+        elif node.target in (vocabulary.norm, vocabulary.group_norm):
             node.meta["regions"] = ("norm",)
 
 
@@ -48,7 +48,7 @@ def _linear_names(node: fx.Node) -> tuple[str, ...]:
         producer = _producer(x)
         if producer.target is vocabulary.attention:
             names.append("attn_out")
-        elif producer.target is fused_linear and _computes_hidden(producer, node):
+        elif producer.target is fused_linear and not _is_sum(x) and _computes_hidden(producer, node):
             names.append("mlp_out")
     return tuple(n for n in ORDER if n in names) or ("linear",)
 
@@ -70,6 +70,11 @@ def _computes_hidden(node: fx.Node, reader: fx.Node) -> bool:
     """Whether a linear's activated product is what another linear reads: the hidden row of an MLP."""
     reads = reader.target is fused_linear and any(_producer(x) is node for x in reader.args[0])
     return reads and any(s.gated or s.activation != "none" for s in node.args[3].segments)
+
+
+def _is_sum(x: fx.Node) -> bool:
+    """Whether a row is the sum that a region stores of what it reads."""
+    return x.target is operator.getitem and x.args[1] == len(x.args[0].args[3].segments)
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:

@@ -163,10 +163,11 @@ class _Lowering:
             self._attention(node)
         elif node.target is vocabulary.moe:
             self._moe(node)
-        elif node.target is vocabulary.norm:
-            x, weight, bias, norm = node.args
+        elif node.target in (vocabulary.norm, vocabulary.group_norm):
+            x, weight, bias, norm, *groups = node.args
             roles = {"norm_weight": weight, "norm_bias": bias}
-            self._step(node, RowNorm(norm), {"x": self.placement.ref(x)}, {r: w for r, w in roles.items() if w})
+            spec = RowNorm(norm, groups=groups[0] if groups else 1)
+            self._step(node, spec, {"x": self.placement.ref(x)}, {r: w for r, w in roles.items() if w})
         elif depends_on_tokens(self.graph, self._activations, node):
             spec, inputs, weights = fallback(node)
             self._step(node, spec, {role: self.placement.ref(x) for role, x in inputs.items()}, weights)

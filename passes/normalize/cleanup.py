@@ -46,6 +46,7 @@ ROW_WISE = {
     aten.tanh.default,
     *SCALAR_OPERANDS,
 }
+NORMS = {aten.pow.Tensor_Scalar, aten.mean.dim, aten.rsqrt.default, *SCALAR_OPERANDS}
 TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default}
 
 
@@ -138,6 +139,8 @@ def keep_batch_dimension(graph: ModelGraph, log: Log) -> None:
         source = node.args[0] if node.args else None
         if node.target in RESHAPES and _drops_batch(node, source):
             readers = _row_wise_readers(node)
+            if readers is None and any(u.target is aten.pow.Tensor_Scalar for u in node.users):
+                readers = _normalised_rows(graph, node)
             if readers is not None:
                 node.replace_all_uses_with(source)
                 for reader in readers:
@@ -168,6 +171,28 @@ def _row_wise_readers(node: fx.Node) -> list[fx.Node] | None:
                 found.append(user)
                 stack.append(user)
     return found
+
+
+def _normalised_rows(graph: ModelGraph, node: fx.Node) -> list[fx.Node]:
+    """The [T, D] nodes of norms of a node's rows, and of products with them; what reads them gets them as [T, D]."""
+    found = [node]
+    for user in list(graph.graph.nodes):
+        known = all(i in found or is_weight(i) for i in user.all_input_nodes)
+        along_rows = user.target is not aten.mean.dim or list(user.args[1]) in ([-1], [1])
+        if user.target in NORMS and known and along_rows and any(i in found for i in user.all_input_nodes):
+            found.append(user)
+    for inner in found:
+        outside = [u for u in inner.users if u not in found]
+        if not outside:
+            continue
+        with graph.graph.inserting_after(inner):
+            rows = graph.graph.call_function(aten.squeeze.dim, (inner, 0))
+        rows.meta = dict(inner.meta)
+        for user in outside:
+            user.replace_input_with(inner, rows)
+    for mean in (n for n in found if n.target is aten.mean.dim):
+        mean.args = (mean.args[0], [-1], *mean.args[2:])
+    return found[1:]
 
 
 def fold_weight_arithmetic(graph: ModelGraph, log: Log) -> None:

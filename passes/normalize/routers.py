@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -19,10 +20,19 @@ NUM_PROBES = 96
 TOLERANCE = 1e-5
 
 
-def read_router(
-    graph: ModelGraph, index: fx.Node, weights: fx.Node, activations: dict[fx.Node, bool]
-) -> tuple[fx.Node, Router, fx.Node | None]:
-    """(linear that makes the logits, rule, weight added to the scores or None) behind index and weights [T, k].
+@dataclass(frozen=True)
+class Reading:
+    """The linear that makes a router's logits, its rule, the weight [E] added to the scores, and the weight [E] that
+    multiplies what each expert returns, if there is one."""
+
+    logits: fx.Node
+    router: Router
+    correction: fx.Node | None = None
+    factors: fx.Node | None = None
+
+
+def read_router(graph: ModelGraph, index: fx.Node, weights: fx.Node, activations: dict[fx.Node, bool]) -> Reading:
+    """What a router does to choose index and weights [T, k].
 
     activations: which nodes depend on tokens, as far as known. Raises UserError for a rule that is none of ours.
     """
@@ -32,15 +42,16 @@ def read_router(
         raise UserError(f"the router {logits.name} uses weights that are not understood; report the architecture")
     generator = torch.Generator().manual_seed(0)
     probe = 2 * torch.randn(1, NUM_PROBES, num_experts, generator=generator)
-    correction = 0.1 * torch.randn(num_experts, generator=generator) if others else None
+    own = 0.1 * torch.randn(num_experts, generator=generator) if others else None
     tokens = torch.zeros(1, NUM_PROBES, dtype=torch.long)
     given = {graph.tokens: tokens, graph.positions: tokens, logits: probe}
-    given |= {w: correction.view(w.meta["val"].shape) for w in others}
-    found = (evaluate(graph, n, given).reshape(NUM_PROBES, -1) for n in (index, weights))
-    router = _fit(probe[0], correction, *found)
-    if router is None:
-        raise UserError(f"the router {logits.name} chooses experts by an unknown rule; report the architecture")
-    return logits, router, others[0] if others else None
+    given |= {w: own.view(w.meta["val"].shape) for w in others}
+    chosen, shares = (evaluate(graph, n, given).reshape(NUM_PROBES, -1) for n in (index, weights))
+    if (router := _fit(probe[0], own, chosen, shares)) is not None:
+        return Reading(logits, router, correction=others[0] if others else None)
+    if own is not None and (router := _fit(probe[0], None, chosen, shares / own[chosen])) is not None:
+        return Reading(logits, router, factors=others[0])
+    raise UserError(f"the router {logits.name} chooses experts by an unknown rule; report the architecture")
 
 
 def _boundary(

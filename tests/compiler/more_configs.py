@@ -90,7 +90,22 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     ),
     "gemma": ("GemmaConfig", {**LLAMA, **_HEADS}),
     "gemma4": ("Gemma4TextConfig", {**_GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}),
-    "gemma4_shared": ("Gemma4TextConfig", {**_GEMMA4, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}),
+    "gemma4_e2b": (
+        "Gemma4TextConfig",
+        {**_GEMMA4, "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 16},
+    ),
+    "gemma4_moe": (
+        "Gemma4TextConfig",
+        {
+            **_GEMMA4,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
     "glm": ("GlmConfig", {**LLAMA, **_HEADS}),
     "glm4_moe": ("Glm4MoeConfig", {**LLAMA, **_ROUTED_EXPERTS}),
     "granitemoe": ("GraniteMoeConfig", {**LLAMA, **_LOCAL_EXPERTS}),

@@ -15,12 +15,14 @@ from dscompile.runtime.plan import Attention
 from tests.compiler.tiny import CONFIGS, OPTIONS, RECURRENT, REFUSED, make_config, save_model
 
 # Operators that torch runs: a sum of experts that is normalised, clamped queries, keys and values, positions added to a
-# normalised embedding; factors of layers.
-FALLBACKS = {"afmoe": 1, "olmo_clipped": 6, "blenderbot_small": 1, "gemma4": 4, "gemma4_shared": 4}
+# normalised embedding; factors of layers, sums of two norms, per-layer embeddings.
+FALLBACKS = {"afmoe": 1, "olmo_clipped": 6, "blenderbot_small": 1, "gemma4": 4, "gemma4_e2b": 10, "gemma4_moe": 8}
 # Layers with a linear on its own: torch has the attention's operands in hand.
 OPEN_ATTENTION = {"olmo_clipped"}
 # Models with a linear between the embedding and the layers.
-PROJECTED = {"opt_350m"}
+PROJECTED = {"opt_350m", "gemma4_e2b"}
+# Layers with linears on their own around a product with a per-layer embedding.
+PER_LAYER = {"gemma4_e2b"}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -34,12 +36,12 @@ def test_artifacts_agree_with_their_models(name, tmp_path):
     for layer_class in report.classes:
         names = {r.name for r in layer_class.regions}
         assert not layer_class.layers or names >= {"attn_in", "attention", "attn_out"} or name in OPEN_ATTENTION
-        assert "linear" not in names or name in (OPEN_ATTENTION if layer_class.layers else PROJECTED)
+        assert "linear" not in names or name in (OPEN_ATTENTION | PER_LAYER if layer_class.layers else PROJECTED)
     _assert_documented(row(name, report))
 
 
 def test_layers_that_share_keys_keep_them_once(tmp_path):
-    save_model("gemma4_shared", tmp_path / "model")
+    save_model("gemma4_e2b", tmp_path / "model")
     compile_model(tmp_path / "model", tmp_path / "out", **OPTIONS | {"verify": False})
     plan = read_plan(tmp_path / "out")
     attentions = [s for s in plan.steps if isinstance(s.spec, Attention)]

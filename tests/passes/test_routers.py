@@ -44,6 +44,11 @@ def grouped(logits, correction):
     return index, 2.5 * weights / (weights.sum(-1, keepdim=True) + 1e-20)
 
 
+def factored(logits, factors):
+    weights, index = logits.softmax(-1).topk(2, -1)
+    return index, weights / weights.sum(-1, keepdim=True) * factors[index]
+
+
 def unknown(logits, correction):
     weights, index = logits.softmax(-1).topk(2, -1)
     return index, weights.sqrt()
@@ -74,7 +79,13 @@ GROUPED = Router(E, 3, "sigmoid", True, 2.5, True, num_groups=4, top_groups=2, g
 
 @pytest.mark.parametrize(
     "rule,router",
-    [(softmax_then_choose, PLAIN), (choose_then_softmax, PLAIN), (scattered, PLAIN), (grouped, GROUPED)],
+    [
+        (softmax_then_choose, PLAIN),
+        (choose_then_softmax, PLAIN),
+        (scattered, PLAIN),
+        (grouped, GROUPED),
+        (factored, PLAIN),
+    ],
 )
 def test_spellings_of_a_rule_are_one(rule, router):
     module = Layer(rule).requires_grad_(False)

@@ -46,17 +46,17 @@ def test_positions_alone(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
-@pytest.mark.parametrize("add", [True, False])
-def test_row_norm(norm: str, add: bool) -> None:
+@pytest.mark.parametrize(("add", "groups"), [(True, 1), (False, 1), (True, 7), (False, 11)])
+def test_row_norm(norm: str, add: bool, groups: int) -> None:
     torch.manual_seed(0)
-    spec = RowNorm(NORMS[norm], add=add)  # type: ignore[arg-type]
+    spec = RowNorm(NORMS[norm], add=add, groups=groups)  # type: ignore[arg-type]
     tensors = {"in.x": slice_of(ROWS, D, torch.float32), "out.y": slice_of(ROWS, D, torch.float32, float("nan"))}
     if add:
         tensors["in.add"] = slice_of(ROWS, D, torch.float32)
     if spec.norm.weight:
-        tensors |= {"w.norm_weight": torch.randn(D), "w.norm_bias": torch.randn(D)}
+        tensors |= {"w.norm_weight": torch.randn(D // groups), "w.norm_bias": torch.randn(D // groups)}
     run(spec, tensors, {}, {"T": ROWS, "B": 1})
     t = {k: v.double() for k, v in tensors.items()}
-    v = t["in.x"] + (t["in.add"] if add else 0)
-    expected = oracle.norm(spec.norm, v, t.get("w.norm_weight"), t.get("w.norm_bias"))
+    v = (t["in.x"] + (t["in.add"] if add else 0)).reshape(ROWS, groups, -1)
+    expected = oracle.norm(spec.norm, v, t.get("w.norm_weight"), t.get("w.norm_bias")).flatten(1)
     assert rms_ratio(tensors["out.y"], expected) <= TOLERANCE[torch.float32]
