@@ -29,6 +29,7 @@ from dscompile.passes.normalize.heads import flatten_heads
 from dscompile.passes.normalize.layers import assign_layers
 from dscompile.passes.normalize.linears import canonical_linears, split_packed_linears
 from dscompile.passes.normalize.norms import canonical_norms
+from dscompile.passes.normalize.vectors import canonical_vectors
 from dscompile.passes.reassociate.fold_norm import fold_norm
 from dscompile.passes.reassociate.move_factor import move_factor
 from dscompile.passes.reassociate.share_factor import share_factor
@@ -45,6 +46,7 @@ PIPELINE = (
             keep_batch_dimension,
             fold_weight_arithmetic,
             canonical_linears,
+            canonical_vectors,
             canonical_experts,
             drop_noops,
             canonical_norms,

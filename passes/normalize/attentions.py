@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from dscompile.passes import vocabulary
-from dscompile.passes.evaluate import evaluate
+from dscompile.passes.evaluate import NoValue, evaluate
 from dscompile.passes.graph import ModelGraph
 from dscompile.passes.normalize.assemble import assemble, constant, described, scaled, select, select_rows
 from dscompile.passes.normalize.elementwise import ELEMENTWISE
@@ -255,7 +255,10 @@ def _flat_output(graph: ModelGraph, node: fx.Node) -> fx.Node:
         if len(users) != 1 or users[0].target not in LAYOUT:
             break
         current = users[0]
-    order = evaluate(graph, current, given)
+    try:
+        order = evaluate(graph, current, given)
+    except NoValue:
+        raise Unreadable(f"the heads' outputs are combined with other activations (by {current.name})") from None
     if order.shape != (1, 1, width) or not torch.equal(order.flatten(), torch.arange(width)):
         raise Unreadable(f"the heads' outputs are not concatenated in order (by {current.name})")
     return current

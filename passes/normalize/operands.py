@@ -39,6 +39,7 @@ LAYOUT = {
     aten.squeeze.dim,
     aten.unsqueeze.default,
     aten.expand.default,
+    aten.repeat.default,
     aten.repeat_interleave.self_int,
     aten.clone.default,
     aten.contiguous.default,

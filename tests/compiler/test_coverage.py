@@ -15,8 +15,9 @@ from dscompile.runtime.plan import Attention
 from tests.compiler.tiny import CONFIGS, OPTIONS, RECURRENT, REFUSED, make_config, save_model
 
 # Operators that torch runs: a sum of experts that is normalised, clamped queries, keys and values, positions added to a
-# normalised embedding; factors of layers, sums of two norms, per-layer embeddings.
+# normalised embedding; factors of layers, sums of two norms, per-layer embeddings; sums between stacks of layers.
 FALLBACKS = {"afmoe": 1, "olmo_clipped": 6, "blenderbot_small": 1, "gemma4": 4, "gemma4_e2b": 10, "gemma4_moe": 8}
+FALLBACKS |= {"hrm_text": 3}
 # Layers with a linear on its own: torch has the attention's operands in hand.
 OPEN_ATTENTION = {"olmo_clipped"}
 # Models with a linear between the embedding and the layers.
