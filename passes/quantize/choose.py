@@ -25,7 +25,7 @@ def choose_linears(
             return "experts stay as they are in this version"
         if node is _head(graph) and not head:
             return "the head stays as it is without --quant-lm-head"
-        if any(u.target is vocabulary.moe and u.args[1] is node for u in node.users):
+        if _makes_logits_of_experts(node):
             return "a router's logits decide which experts run"
         if node.args[1].meta["weight"] in keep:
             return "kept as it is to meet the accuracy budget"
@@ -42,6 +42,15 @@ def choose_linears(
 
     choose.__name__ = "choose_linears"
     return choose
+
+
+def _makes_logits_of_experts(node: fx.Node) -> bool:
+    """Whether a mixture of experts reads a node as logits: a factor or soft cap may stand between."""
+    between = (vocabulary.scale, vocabulary.softcap)
+    return any(
+        u.args[1] is node if u.target is vocabulary.moe else u.target in between and _makes_logits_of_experts(u)
+        for u in node.users
+    )
 
 
 def _head(graph: ModelGraph) -> fx.Node:

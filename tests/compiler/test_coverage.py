@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from dscompile.compiler.compile import compile_model
 from dscompile.runtime.artifact import read_plan
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.plan import Attention
+from dscompile.runtime.plan_check import check_plan
 from tests.compiler.tiny import CONFIGS, OPTIONS, RECURRENT, REFUSED, make_config, save_model
 
 # Operators that torch runs: a sum of experts that is normalised, clamped queries, keys and values, positions added to a
@@ -53,6 +55,9 @@ def test_layers_that_share_keys_keep_them_once(tmp_path):
         (0, False, "q"),
     ]
     assert [group.num_layers for group in plan.kv_groups] == [1, 1]
+    without = tuple(s for s in plan.steps if s.name != "layers.1.attention")
+    with pytest.raises(UserError, match=r"layers\.3\.attention reads a place in the cache that no step before fills"):
+        check_plan(dataclasses.replace(plan, steps=without))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -14,7 +14,12 @@ from dscompile.compiler import compile_model
 from dscompile.compiler.budget import BudgetMissed, Kept
 from dscompile.compiler.calibration import read_calibration
 from dscompile.compiler.source import find_model
+from dscompile.compiler.trace import trace_model
+from dscompile.passes.pipeline import PIPELINE
+from dscompile.passes.quantize.choose import choose_linears
+from dscompile.passes.quantize.sites import find_sites
 from dscompile.passes.quantize.smooth import LinearError
+from dscompile.passes.runner import Phase, run_pipeline
 from dscompile.runtime import load
 from dscompile.runtime.artifact import read_plan, verify_artifact
 from dscompile.runtime.errors import UserError
@@ -310,3 +315,13 @@ def test_encoders_are_refused(tmp_path):
     config.save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="encoders are not quantized"):
         compile_model(tmp_path / "model", tmp_path / "out", quant="int8", target="cpu", dummy_weights=True)
+
+
+def test_normalised_values_take_in_no_scale():
+    """A norm stands between the linear of the values and the product that reads them."""
+    graph = trace_model(make_config(CONFIGS["gemma4"]), OPTIONS["max_seq_len"])
+    run_pipeline(graph, [PIPELINE[0], Phase("quantize", (choose_linears(Quantization("token")),))])
+    sites = {s.linears[0].args[1].meta["weight"]: s for s in find_sites(graph)}
+    out = [site for weight, site in sites.items() if "o_proj" in weight]
+    assert len(out) == 4
+    assert all(s.producer is None and "are normalised" in s.refusal for s in out)

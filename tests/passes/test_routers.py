@@ -7,11 +7,14 @@ import torch
 from torch import nn
 
 from dscompile.passes import vocabulary
+from dscompile.passes.normalize.elementwise import name_functions
 from dscompile.passes.normalize.experts import canonical_experts
 from dscompile.passes.normalize.linears import canonical_linears
+from dscompile.passes.quantize.choose import choose_linears, quantized_linears
+from dscompile.passes.reassociate.move_factor import move_factor
 from dscompile.passes.rule import Log
 from dscompile.runtime.errors import UserError
-from dscompile.runtime.plan import Router
+from dscompile.runtime.plan import Quantization, Router
 from tests.helpers import rms_ratio
 from tests.passes.graphs import nodes, run, trace
 
@@ -106,3 +109,26 @@ def test_an_unknown_rule_is_refused():
     canonical_linears(graph, Log())
     with pytest.raises(UserError, match="unknown rule"):
         canonical_experts(graph, Log())
+
+
+class Damped(Layer):
+    """A router that reads half of what the experts read."""
+
+    def forward(self, tokens, positions):
+        x = nn.functional.embedding(tokens, self.table)
+        index, weights = self.rule(nn.functional.linear(x * 0.5, self.router).view(-1, E), self.correction)
+        rows = x.view(-1, K)
+        y = torch.ops.dsc.moe(
+            rows, index, weights, self.gate_up, self.down, None, None, "silu", 0.0, 0.0, True, True, False
+        )
+        return y.view(x.shape)
+
+
+def test_a_router_whose_factor_moved_behind_it_is_not_quantized():
+    graph, log = trace(Damped(softmax_then_choose).requires_grad_(False)), Log()
+    for one in (canonical_linears, canonical_experts, name_functions, move_factor):
+        one(graph, log)
+    (scaled,) = nodes(graph, vocabulary.scale)
+    assert scaled.args[0].target is vocabulary.linear
+    choose_linears(Quantization("token"), head=True)(graph, log)
+    assert not quantized_linears(graph)
