@@ -49,6 +49,8 @@ def epilogue_launch(spec: Linear, segment: Segment, index: int, operands: Operan
     arguments.bind_memory("scratch.product", operands["in.x"].dtype)
     if spec.bias:
         arguments.bind("w.bias")
+    if segment.activation == "xielu":
+        arguments.bind("w.alpha")
     arguments.bind(*(f"in.residual{i}" for i in range(residuals)), f"out.y{index}")
     params = tuple(replace(p, name="y_ptr") if p.name == f"y{index}_ptr" else p for p in arguments.params)
     numbers: dict[str, float] = {"N": spec.out_features, "START": segment.start, "WIDTH": segment.width, "BLOCK": block}

@@ -88,6 +88,7 @@ def arguments_of(spec: Linear, operands: Operands, folded_norm: bool) -> Argumen
     for present, role in (
         (spec.add, "in.add"),
         (spec.bias, "w.bias"),
+        (spec.has_alpha, "w.alpha"),
         (spec.norm and spec.norm.weight, "w.norm_weight"),
         (spec.norm and spec.norm.bias, "w.norm_bias"),
         (spec.post_norm and spec.post_norm.weight, "w.post_norm_weight"),

@@ -7,7 +7,7 @@ import dataclasses
 from dscompile.runtime.plan import Buffer, Step
 
 ALIGNMENT = 256
-ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int8": 1}
+ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int8": 1, "bool": 1}
 
 
 def assign_offsets(steps: tuple[Step, ...], buffers: dict[str, Buffer]) -> dict[str, Buffer]:

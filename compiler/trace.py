@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig
 
 from dscompile.compiler.adapters import adapt
+from dscompile.compiler.aliases import rename_aliases
 from dscompile.compiler.attention import tracing, use_opaque_attention, use_opaque_experts
 from dscompile.compiler.encoders import check_visibility, first_position, is_encoder
 from dscompile.compiler.model import build_on_meta
@@ -183,10 +184,10 @@ def _export(model: nn.Module, function: type[nn.Module]) -> torch.export.Exporte
 
 def _has_composites(program: torch.export.ExportedProgram) -> bool:
     """Whether a graph holds what passes do not know and decomposing, which traces again, removes: operators that write
-    in place, and those that stand for several of products and transposes."""
+    in place, and those that stand for several."""
     targets = {n.target for n in program.graph.nodes if n.op == "call_function"}
     overloads = [t for t in targets if isinstance(t, torch._ops.OpOverload)]
-    return any(t._schema.is_mutable or t in (_aten.einsum.default, _aten.mT.default) for t in overloads)
+    return any(t._schema.is_mutable or t in _COMPOSITES for t in overloads)
 
 
 def _with_named_weights(
@@ -245,11 +246,13 @@ def _put_weights_last(graph: fx.Graph) -> None:
 
 _ASSERTIONS = ("_assert", "sym_constrain", "_guards_fn")
 _aten = torch.ops.aten
+_COMPOSITES = (_aten.einsum.default, _aten.mT.default)
 
 
 def _simplify(graph: ModelGraph) -> None:
-    """Drop assertions, and operators that return their input unchanged."""
+    """Drop assertions, and operators that return their input unchanged; call the others by their usual names."""
     _record_users(graph.graph)
+    rename_aliases(graph.graph)
     for node in list(graph.graph.nodes):
         if node.op == "call_module" or (node.op == "call_function" and any(a in str(node.target) for a in _ASSERTIONS)):
             graph.graph.erase_node(node)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
+from dscompile.passes.pointwise import is_pointwise
 from dscompile.runtime.errors import UserError
 
 _aten = torch.ops.aten
@@ -89,7 +90,7 @@ class _Follower:
         rank = _rank(first)
         if packet in _FREE:
             return
-        if packet in _POINTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        if packet in _POINTWISE or is_pointwise(node.target):
             _check_aligned(inputs)
         elif packet in _ALONG:
             _check_along(node, packet, axis, rank)

@@ -46,6 +46,12 @@ def has_value(graph: ModelGraph, node: fx.Node) -> bool:
     return all(isinstance(graph.recipe(n), Constant) for n in weights)
 
 
+def unknown_weights(graph: ModelGraph, node: fx.Node, given: fx.Node) -> list[fx.Node]:
+    """The checkpoint's weights behind a node, where `given` is known."""
+    weights = [n for n in _in_order(node, {given: None}) if is_weight(n)]
+    return [w for w in weights if recipes.sources(graph.recipe(w))]
+
+
 def is_number(graph: ModelGraph, node: fx.Node) -> bool:
     """Whether a node is one element that constants of the graph decide."""
     value = node.meta.get("val")

@@ -12,6 +12,7 @@ from dscompile.passes.fuse.pack import pack_siblings
 from dscompile.passes.fuse.prologue import fuse_prologue
 from dscompile.passes.fuse.residual import fuse_residual
 from dscompile.passes.fuse.residual_norm import fuse_residual_norm
+from dscompile.passes.fuse.spell_out import spell_out
 from dscompile.passes.normalize.attentions import canonical_attentions
 from dscompile.passes.normalize.cleanup import (
     drop_noops,
@@ -75,6 +76,7 @@ PIPELINE = (
             fuse_embedding,
             gather_head_rows,
             fuse_residual_norm,
+            spell_out,
             name_regions,
         ),
     ),

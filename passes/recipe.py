@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.int8 import round_rows, row_scales
+from dscompile.runtime.ops_aten import resolve
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,19 @@ class Add:
 
 
 @dataclass(frozen=True)
+class Pointwise:
+    """An ATen operator ("aten.softplus.default") that works element by element, in float32 or better.
+
+    args: recipes and numbers; shape: of the result
+    """
+
+    target: str
+    args: tuple[Recipe | float | int | bool | None, ...]
+    shape: tuple[int, ...]
+    kwargs: tuple[tuple[str, float | int | bool | str], ...] = ()
+
+
+@dataclass(frozen=True)
 class MatVec:
     """The matrix w [N, K] times the vector v [K], in float64 internally."""
 
@@ -153,6 +167,7 @@ Recipe = (
     | Slice
     | Scale
     | Add
+    | Pointwise
     | MatVec
     | Cast
     | RowSum
@@ -170,6 +185,8 @@ def operands(recipe: Recipe) -> tuple[Recipe, ...]:
         return ()
     if isinstance(recipe, MatVec):
         return (recipe.w, recipe.v)
+    if isinstance(recipe, Pointwise):
+        return tuple(a for a in recipe.args if isinstance(a, Recipe))
     by = getattr(recipe, "by", None)
     return (recipe.x,) if by is None or isinstance(by, float) else (recipe.x, by)
 
@@ -184,7 +201,7 @@ def sources(recipe: Recipe) -> set[str]:
 def shape_of(recipe: Recipe) -> tuple[int, ...]:
     """The shape of the tensor a recipe makes."""
     match recipe:
-        case Source() | Constant() | Zeros() | Reshape():
+        case Source() | Constant() | Zeros() | Reshape() | Pointwise():
             return recipe.shape
         case Concat():
             first, *_ = shapes = [shape_of(p) for p in recipe.parts]
@@ -213,8 +230,8 @@ def shape_of(recipe: Recipe) -> tuple[int, ...]:
 def evaluate(recipe: Recipe, lookup: Callable[[Source | Constant], Tensor]) -> Tensor:
     """Compute a recipe's tensor. `lookup` returns the tensors of its leaves.
 
-    Arithmetic (Scale, Add, MatVec) runs in float32 or better whatever the leaves' dtype; only `Cast` rounds, so a
-    recipe that moves elements about is exact.
+    Arithmetic (Scale, Add, Pointwise, MatVec) runs in float32 or better whatever the leaves' dtype; only `Cast` rounds,
+    so a recipe that moves elements about is exact.
     """
     match recipe:
         case Source() | Constant():
@@ -239,6 +256,9 @@ def evaluate(recipe: Recipe, lookup: Callable[[Source | Constant], Tensor]) -> T
         case Add():
             by = recipe.by if isinstance(recipe.by, float) else evaluate(recipe.by, lookup).float()
             return evaluate(recipe.x, lookup).float() + by
+        case Pointwise():
+            args = [evaluate(a, lookup).float() if isinstance(a, Recipe) else a for a in recipe.args]
+            return resolve(recipe.target)(*args, **dict(recipe.kwargs))
         case MatVec():
             w, v = evaluate(recipe.w, lookup), evaluate(recipe.v, lookup).double()
             return torch.cat([(rows.double() @ v).float() for rows in w.split(4096)])

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dscompile.runtime.ops_linear import xielu
 from dscompile.runtime.ops_moe import gate as moe_gate
 from dscompile.runtime.ops_moe import route
 from dscompile.runtime.plan import Activation, Moe, Norm, Router
@@ -139,9 +140,9 @@ def group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Norm
     return norm(x.unflatten(-1, (groups, -1)), weight, bias, spec).flatten(-2)
 
 
-def activation(x: Tensor, kind: Activation) -> Tensor:
-    """Element by element."""
-    return ACTIVATIONS[kind](x)
+def activation(x: Tensor, kind: Activation, alpha: Tensor | None = None) -> Tensor:
+    """Element by element. alpha: what the layer learned for it, see `plan.Linear`."""
+    return ACTIVATIONS[kind](x) if alpha is None else xielu(x, alpha)
 
 
 def softcap(x: Tensor, cap: float) -> Tensor:

@@ -12,10 +12,12 @@ from dscompile.runtime.executor import StepInputs
 from dscompile.runtime.plan import Aten
 
 ELEMENTWISE = (
-    "abs add addcdiv addcmul bitwise_and bitwise_not bitwise_or ceil clamp clamp_max clamp_min clone cos div elu eq "
-    "erf exp exp2 expm1 floor fmod ge gelu gt hardsigmoid hardswish hardtanh isnan le leaky_relu lerp log log10 log1p "
-    "log2 logical_and logical_not logical_or lt masked_fill maximum minimum mish mul ne neg pow reciprocal relu "
-    "remainder round rsqrt rsub sigmoid sign silu sin softplus sqrt square sub tan tanh threshold trunc where _to_copy"
+    "abs acos acosh add addcdiv addcmul asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or ceil celu clamp "
+    "clamp_max clamp_min clone cos cosh div elu eq erf erfc erfinv exp exp2 expm1 floor fmax fmin fmod frac ge gelu gt "
+    "hardsigmoid hardswish hardtanh heaviside isinf isnan le leaky_relu lerp log log10 log1p log2 log_sigmoid "
+    "logaddexp logical_and logical_not logical_or logical_xor lt masked_fill maximum minimum mish mul nan_to_num ne "
+    "neg pow reciprocal relu remainder round rsqrt rsub selu sgn sigmoid sign silu sin sinc sinh softplus sqrt square "
+    "sub tan tanh threshold trunc where xlogy _prelu_kernel _to_copy"
 )
 VIEW = (
     "_unsafe_view alias cat chunk constant_pad_nd expand flatten permute repeat repeat_interleave reshape select slice "
@@ -26,6 +28,11 @@ PER_ROW = (
     "matmul max mean mm native_layer_norm layer_norm ones_like rms_norm scatter softmax sort sum topk var zeros_like"
 )
 ALLOWED = frozenset((ELEMENTWISE + " " + VIEW + " " + PER_ROW).split())
+
+
+def is_allowed(target: str) -> bool:
+    """Whether a plan may call the operator "aten.name.overload"."""
+    return target.removeprefix("aten.").partition(".")[0] in ALLOWED
 
 
 def resolve(target: str) -> Callable[..., Any]:

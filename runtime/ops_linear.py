@@ -31,6 +31,15 @@ ACTIVATIONS_: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
+def xielu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """beta x + alpha_p x^2 where x > 0, else beta x + alpha_n (e^min(x, eps) - 1 - x) (Huang & Schlag 2024).
+
+    alpha: [4], alpha_p, alpha_n, beta, eps
+    """
+    alpha_p, alpha_n, beta, eps = (alpha[i].to(x.dtype) for i in range(4))
+    return beta * x + torch.where(x > 0, alpha_p * x * x, alpha_n * (torch.expm1(torch.minimum(x, eps)) - x))
+
+
 class PackedWeights:
     """Copies of large float32 weights in layouts that multiply faster, made on first use, MAX_BYTES in all.
 
@@ -88,7 +97,7 @@ def bind_linear(
         added, *residuals = residuals
     product = _bind_product(spec, weights, dtype, target, added, len(ys[0]), packed)
     parts = zip(spec.segments, ys, strict=True)
-    finish = [_bind_epilogue(spec, s, y, residuals, target is not None) for s, y in parts]
+    finish = [_bind_epilogue(spec, s, y, residuals, target is not None, weights.get("alpha")) for s, y in parts]
     epilogues = [e for e in finish if e is not None]
 
     def run(step: StepInputs) -> None:
@@ -180,12 +189,22 @@ def _bind_sum(
     return run
 
 
-def _bind_epilogue(spec: Linear, segment: Segment, y: torch.Tensor, residuals: list[torch.Tensor], in_place: bool):
+def _bind_epilogue(
+    spec: Linear,
+    segment: Segment,
+    y: torch.Tensor,
+    residuals: list[torch.Tensor],
+    in_place: bool,
+    alpha: torch.Tensor | None,
+):
     """Finish a segment's columns of the product and write them to y, or return None where the product is y as it is.
 
     The product is y itself or a temporary of the compute type, so working on it in place is free.
     """
     act_ = ACTIVATIONS_.get(segment.activation)
+    if segment.activation == "xielu":
+        assert alpha is not None
+        act_ = lambda x: x.copy_(xielu(x, alpha))  # noqa: E731
     start, stop, half = segment.start, segment.stop, (segment.start + segment.stop) // 2
     scale, cap = spec.scale, spec.softcap
     if in_place and act_ is None and scale == 1 and not cap and not residuals:

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Symbol = Literal["1", "T", "B", "R"]
-Activation = Literal["none", "relu", "relu2", "silu", "gelu", "gelu_tanh", "gelu_quick", "tanh", "sigmoid", "softplus"]
+Activation = Literal[
+    "none", "relu", "relu2", "silu", "gelu", "gelu_tanh", "gelu_quick", "tanh", "sigmoid", "softplus", "xielu"
+]
 
 
 # ---------------------------------------------------------------- what a step computes
@@ -95,6 +97,7 @@ class Linear:
     weights: weight [N, K]; bias [N] if `bias`; norm_weight, norm_bias, post_norm_weight, post_norm_bias [K];
              row_sum [N] float32 = sum over K of the stored weight, present exactly when norm.kind == "layer", the norm
              has no weight of its own and nothing is quantized, so that a kernel may normalise after the product;
+             alpha [4] float32 if `has_alpha`: what its layer learned for xielu, see runtime.ops_linear;
              weight_scale [N] float32 if `quantization`, and then weight is int8;
              input_scale [1] float32 if quantization.activations == "tensor"
     out:     y0 .. yn, one per segment [T or R, width]; sum [T, K] if `store`
@@ -113,6 +116,11 @@ class Linear:
     softcap: float = 0.0
     rows: Literal["T", "R"] = "T"
     quantization: Quantization | None = None
+
+    @property
+    def has_alpha(self) -> bool:
+        """Whether a segment's activation has numbers that the layer learned."""
+        return any(s.activation == "xielu" for s in self.segments)
 
 
 @dataclass(frozen=True)

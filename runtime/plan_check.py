@@ -181,6 +181,7 @@ def _linear(spec: Linear) -> tuple[dict, dict, dict]:
     inputs |= {f"residual{i}": spec.segments[0].width for i in range(spec.residuals)}
     outputs = {f"y{i}": s.width for i, s in enumerate(spec.segments)} | ({"sum": k} if spec.store else {})
     weights = {"weight": (n, k)} | ({"bias": (n,)} if spec.bias else {})
+    weights |= {"alpha": (4,)} if spec.has_alpha else {}
     weights |= _norm(spec.norm, "norm", k) | _norm(spec.post_norm, "post_norm", k)
     if spec.quantization is not None:
         weights["weight_scale"] = (n,)
@@ -223,6 +224,7 @@ def _attention(plan: Plan, spec: Attention) -> tuple[dict, dict, dict]:
 def _moe(spec: Moe) -> tuple[dict, dict, dict]:
     router, k, f = spec.router, spec.in_features, spec.hidden_features
     experts = router.num_experts
+    _need(spec.activation != "xielu", "has experts whose activation is learned")
     _need(0 < router.top_k <= experts, "chooses more experts than there are")
     _need(router.num_groups > 0 and experts % router.num_groups == 0, "has groups of unequal sizes")
     _need(router.top_k <= experts // router.num_groups * router.top_groups, "chooses more experts than groups hold")

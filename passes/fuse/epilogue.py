@@ -47,7 +47,8 @@ def _with_function(spec: Linear, node: fx.Node) -> Linear | None:
 
 def _rewrite(graph: ModelGraph, node: fx.Node) -> None:
     xs, residuals, weights, spec = node.args[0].args
-    args = (xs, residuals, weights, _with_function(spec, node))
+    alpha = {"alpha": node.args[2]} if len(node.args) > 2 else {}
+    args = (xs, residuals, weights | alpha, _with_function(spec, node))
     replace_with_region(graph, node, fused_linear, args, [node.args[0], node], RULE.name)
 
 

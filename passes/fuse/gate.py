@@ -50,7 +50,9 @@ def _rewrite(graph: ModelGraph, match: Match) -> None:
     members = (match.gate, match.up)
     weights = concat_weights(graph, members)
     width = 2 * spec.out_features
-    segment = Segment(0, width, match.activation.args[1], gated=True)
+    _, kind, *alpha = match.activation.args
+    weights |= dict(zip(("alpha",), alpha, strict=False))
+    segment = Segment(0, width, kind, gated=True)
     fused = dataclasses.replace(spec, out_features=width, segments=(segment,), bias="bias" in weights)
     took = [match.gate, match.up, match.activation, match.product]
     replace_with_region(graph, match.product, fused_linear, (xs, (), weights, fused), took, RULE.name)

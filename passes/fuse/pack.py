@@ -23,7 +23,7 @@ class Match:
 
 
 def concat_weights(graph: ModelGraph, members: Sequence[fx.Node]) -> dict[str, fx.Node]:
-    """The weights of the packed linear: rows one after another, absent biases zero."""
+    """The weights of the packed linear: rows one after another, absent biases zero, what one of them learned."""
     weights = [n.args[2]["weight"] for n in members]
     name = "|".join(w.meta["weight"] for w in weights)
     packed = {"weight": graph.add_weight(name, Concat(tuple(graph.recipe(w) for w in weights)))}
@@ -35,6 +35,8 @@ def concat_weights(graph: ModelGraph, members: Sequence[fx.Node]) -> dict[str, f
             for n in members
         )
         packed["bias"] = graph.add_weight(name + ":bias", Concat(parts))
+    for node in members:
+        packed |= {role: weight for role, weight in node.args[2].items() if role == "alpha"}
     return packed
 
 
@@ -57,6 +59,8 @@ def _check(graph: ModelGraph, match: Match) -> str | None:
             return f"{node.name} adds a residual that is computed later"
         if spec.scale != 1.0 or spec.softcap or spec.norm or len(spec.segments) > 1:
             return f"{node.name} has an epilogue of its own that cannot be packed"
+    if sum(node.args[3].has_alpha for node in match.members) > 1:
+        return "more than one of them has an activation with learned numbers"
     return None
 
 

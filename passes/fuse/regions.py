@@ -38,11 +38,12 @@ def fused_linear(
     outputs = []
     for segment in spec.segments:
         p = product[..., segment.start : segment.stop]
+        alpha = weights["alpha"] if segment.activation == "xielu" else None
         if segment.gated:
             gate, up = p.chunk(2, -1)
-            y = vocabulary.activation(gate, segment.activation) * up
+            y = vocabulary.activation(gate, segment.activation, alpha) * up
         else:
-            y = vocabulary.activation(p, segment.activation)
+            y = vocabulary.activation(p, segment.activation, alpha)
         y = vocabulary.softcap(y, spec.softcap) if spec.softcap else y
         outputs.append(y * spec.scale)
     for residual in residuals:

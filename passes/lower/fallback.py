@@ -7,8 +7,9 @@ from torch import fx
 
 from dscompile.passes import vocabulary
 from dscompile.passes.graph import is_weight
-from dscompile.passes.normalize.elementwise import ELEMENTWISE
+from dscompile.passes.pointwise import is_pointwise
 from dscompile.runtime.errors import UserError
+from dscompile.runtime.ops_aten import is_allowed
 from dscompile.runtime.plan import Aten
 
 ACTIVATIONS = {
@@ -20,6 +21,9 @@ ACTIVATIONS = {
     "sigmoid": ("aten.sigmoid.default", {}),
     "softplus": ("aten.softplus.default", {}),
 }
+"""The activations that are an operator of torch; `passes/fuse/spell_out.py` spells out the others."""
+# Casts are of numbers to truths and back: a plan has one dtype of numbers.
+CASTS = {torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default}
 
 
 def fallback(node: fx.Node) -> tuple[Aten, dict[str, fx.Node], dict[str, fx.Node]]:
@@ -31,7 +35,7 @@ def fallback(node: fx.Node) -> tuple[Aten, dict[str, fx.Node], dict[str, fx.Node
     for i, a in enumerate(node.args[:1] if node.target is vocabulary.activation else node.args):
         if not isinstance(a, fx.Node):
             args.append(a)
-        elif is_weight(a) and a.meta["val"].ndim <= 1:
+        elif is_weight(a) and all(s == 1 for s in a.meta["val"].shape[:-1]):
             weights[f"x{i}"] = a
             args.append(f"w.x{i}")
         elif not is_weight(a) and a.meta["val"].ndim == 3:
@@ -39,11 +43,14 @@ def fallback(node: fx.Node) -> tuple[Aten, dict[str, fx.Node], dict[str, fx.Node
             args.append(f"in.x{i}")
         else:
             raise _unsupported(node)
+    if node.target in CASTS:
+        return Aten("aten.clone.default", ("in.x0",)), inputs, weights
     return Aten(target, tuple(args), kwargs | dict(node.kwargs)), inputs, weights
 
 
 def _target(node: fx.Node) -> tuple[str, dict]:
-    if node.meta["val"].ndim != 3:
+    value = node.meta["val"]
+    if value.ndim != 3 or not (value.is_floating_point() or value.dtype == torch.bool):
         raise _unsupported(node)
     if node.target is vocabulary.activation and node.args[1] in ACTIVATIONS:
         return ACTIVATIONS[node.args[1]]
@@ -52,7 +59,7 @@ def _target(node: fx.Node) -> tuple[str, dict]:
         return "aten.repeat_interleave.self_int", {"dim": -1}
     if node.target in simple:
         return simple[node.target], {}
-    if isinstance(node.target, torch._ops.OpOverload) and node.target in ELEMENTWISE:
+    if is_pointwise(node.target) and (is_allowed(str(node.target)) or node.target in CASTS):
         return str(node.target), {}
     raise _unsupported(node)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 
+import torch
 from torch import fx
 
 from dscompile.passes import vocabulary
@@ -38,6 +39,7 @@ class Placement:
                 self._refs[node] = Ref(parent.buffer, parent.start + start, parent.start + stop)
             else:
                 rows, dtype = ("R", "float32") if _is_logits(node) else ("T", self._dtype)
+                dtype = "bool" if node.meta["val"].dtype == torch.bool else dtype
                 width = _width(node)
                 self._refs[node] = Ref(self._buffer(node.name, rows, width, dtype), 0, width)
         return self._refs[node]

@@ -8,7 +8,7 @@ from dscompile.passes.graph import ModelGraph
 from dscompile.passes.recipe import Cast, Constant, Quantize, Recipe, RowSum, shape_of
 from dscompile.runtime.plan import Weight
 
-FLOAT32_ROLES = {"rope_cos", "rope_sin", "alibi_slopes", "sinks", "correction", "input_scale"}
+FLOAT32_ROLES = {"rope_cos", "rope_sin", "alibi_slopes", "sinks", "correction", "input_scale", "alpha"}
 # How dummy weights are made by role; a norm's weight is ones and its bias zeros.
 INITIAL = dict.fromkeys(("weight", "table", "positions_table", "bias", "gate_up", "down"), "normal:0.02") | {
     "correction": "zeros"

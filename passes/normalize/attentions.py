@@ -11,8 +11,8 @@ from dscompile.passes import vocabulary
 from dscompile.passes.evaluate import NoValue, evaluate
 from dscompile.passes.graph import ModelGraph
 from dscompile.passes.normalize.assemble import assemble, constant, described, scaled, select, select_rows
-from dscompile.passes.normalize.elementwise import ELEMENTWISE
 from dscompile.passes.normalize.operands import LAYOUT, Operand, OperandReader, Rotation, Unreadable
+from dscompile.passes.pointwise import is_pointwise
 from dscompile.passes.recipe import Concat, Reshape
 from dscompile.passes.rule import Log
 from dscompile.runtime.errors import UserError
@@ -156,7 +156,7 @@ def _columns(graph: ModelGraph, attention: fx.Node, source: fx.Node, index: torc
     if source.target is vocabulary.linear:
         return select_rows(graph, attention, source, index, name)
     inner = source.args[0] if source.args else None
-    if source.target not in ELEMENTWISE or source.all_input_nodes != [inner] or inner.target is not vocabulary.linear:
+    if not is_pointwise(source.target) or source.all_input_nodes != [inner] or inner.target is not vocabulary.linear:
         raise Unreadable(f"{described(source)} is neither a linear nor a norm of one")
     linear = select_rows(graph, attention, inner, index, name)
     with graph.graph.inserting_before(attention):

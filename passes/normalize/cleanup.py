@@ -9,8 +9,10 @@ from torch import fx
 
 from dscompile.passes.evaluate import evaluate, is_number
 from dscompile.passes.graph import ModelGraph, is_weight
-from dscompile.passes.recipe import Add, Constant, Recipe, Reshape, Scale, Transpose
+from dscompile.passes.pointwise import is_pointwise
+from dscompile.passes.recipe import Add, Constant, Pointwise, Recipe, Reshape, Scale, Slice, Transpose
 from dscompile.passes.rule import Log
+from dscompile.runtime.ops_aten import is_allowed
 
 aten = torch.ops.aten
 
@@ -47,6 +49,7 @@ ROW_WISE = {
     *SCALAR_OPERANDS,
 }
 NORMS = {aten.pow.Tensor_Scalar, aten.mean.dim, aten.rsqrt.default, *SCALAR_OPERANDS}
+PLAIN = (fx.Node, bool, int, float, str, type(None))
 TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default}
 
 
@@ -196,7 +199,7 @@ def _normalised_rows(graph: ModelGraph, node: fx.Node) -> list[fx.Node]:
 
 
 def fold_weight_arithmetic(graph: ModelGraph, log: Log) -> None:
-    """Turn nodes that only rearrange, scale or shift one weight into recipes of a new weight."""
+    """Turn nodes that only rearrange weights, or compute elements from their elements, into recipes of a new weight."""
     for node in list(graph.graph.nodes):
         if node.op != "call_function":
             continue
@@ -210,14 +213,22 @@ def fold_weight_arithmetic(graph: ModelGraph, log: Log) -> None:
 
 def _weight_recipe(graph: ModelGraph, node: fx.Node) -> Recipe | None:
     inputs = node.all_input_nodes
-    if len(inputs) != 1 or not is_weight(inputs[0]) or isinstance(graph.recipe(inputs[0]), Constant):
+    if not inputs or not all(map(is_weight, inputs)):
         return None
-    (source,) = inputs
+    if all(isinstance(graph.recipe(i), Constant) for i in inputs):
+        return None
+    return _rearranged(graph, node, *inputs) if len(inputs) == 1 else _pointwise(graph, node)
+
+
+def _rearranged(graph: ModelGraph, node: fx.Node, source: fx.Node) -> Recipe | None:
     recipe, before = graph.recipe(source), source.meta["val"]
     if node.target in TRANSPOSES and before.ndim == 2 and node.meta["val"].shape != before.shape:
         return Transpose(recipe)
     if node.target in TRANSPOSES and before.ndim == 2 and _swaps(node):
         return Transpose(recipe)
+    if node.target is aten.select.int and node.args[1] == 0:
+        row = node.args[2] % before.shape[0]
+        return Reshape(Slice(recipe, row, row + 1), tuple(node.meta["val"].shape))
     if node.target in RESHAPES - {aten.expand.default}:
         return Reshape(recipe, tuple(int(s) for s in node.meta["val"].shape))
     number = next((float(a) for a in node.args if isinstance(a, int | float)), None)
@@ -225,7 +236,19 @@ def _weight_recipe(graph: ModelGraph, node: fx.Node) -> Recipe | None:
         return Add(recipe, number)
     if number is not None and node.target is aten.mul.Tensor:
         return Scale(recipe, number)
-    return None
+    return _pointwise(graph, node)
+
+
+def _pointwise(graph: ModelGraph, node: fx.Node) -> Recipe | None:
+    """The recipe of an operator that the runtime knows; none changes what is an integer or a truth."""
+    values = [node.meta["val"], *(i.meta["val"] for i in node.all_input_nodes)]
+    if not is_pointwise(node.target) or not is_allowed(str(node.target)) or node.target in CASTS:
+        return None
+    plain = (*node.args, *node.kwargs.values())
+    if not all(v.is_floating_point() for v in values) or not all(isinstance(a, PLAIN) for a in plain):
+        return None
+    args = tuple(graph.recipe(a) if isinstance(a, fx.Node) else a for a in node.args)
+    return Pointwise(str(node.target), args, tuple(node.meta["val"].shape), tuple(node.kwargs.items()))
 
 
 def _swaps(node: fx.Node) -> bool:

@@ -6,30 +6,22 @@ import torch
 from torch import Tensor, fx
 
 from dscompile.passes import vocabulary
-from dscompile.passes.evaluate import depends_on_tokens, evaluate
+from dscompile.passes.evaluate import depends_on, depends_on_tokens, evaluate, unknown_weights
 from dscompile.passes.graph import ModelGraph
+from dscompile.passes.normalize.learned import recognise_learned
+from dscompile.passes.pointwise import is_pointwise
 from dscompile.passes.rule import Log
 
 aten = torch.ops.aten
-ELEMENTWISE = {
-    getattr(getattr(aten, name), overload)
-    for name, overload in [
-        *((n, "Tensor") for n in ("add", "sub", "mul", "div", "rsub")),
-        *((n, "Scalar") for n in ("add", "sub", "mul", "div", "rsub")),
-        *((n, "default") for n in ("gelu", "silu", "relu", "tanh", "sigmoid", "erf", "exp", "neg", "square", "abs")),
-        *((n, "default") for n in ("clamp", "clamp_min", "clamp_max", "hardtanh", "softplus", "mish", "leaky_relu")),
-        ("pow", "Tensor_Scalar"),
-    ]
-}
 TOLERANCE = 1e-6
 """Largest relative deviation from a named function: float32's resolution; BLOOM's sqrt(2/pi) has eight digits."""
 
 
 def name_functions(graph: ModelGraph, log: Log) -> None:
-    """f(x), however it is spelled  ->  activation(x, kind), softcap(x, cap) or scale(x, by)
+    """f(x), however it is spelled  ->  activation(x, kind[, learned numbers]), softcap(x, cap) or scale(x, by)
 
-    From each value, grow the set of nodes that are elementwise functions of it alone; the largest sub-graph with one
-    exit whose values on a grid are those of a function we know is replaced by that function.
+    From each value, grow the set of nodes that are elementwise functions of it and of single numbers; the largest
+    sub-graph with one exit whose values on a grid are those of a function we know is replaced by that function.
     """
     changed = True
     while changed:
@@ -42,14 +34,14 @@ def name_functions(graph: ModelGraph, log: Log) -> None:
 
 
 def _name_function_of(graph: ModelGraph, x: fx.Node, log: Log) -> bool:
-    cone = _cone(x)
+    if not isinstance(x.meta["val"], Tensor) or not x.meta["val"].is_floating_point():
+        return False
+    cone = _cone(graph, x)
     for exit_node in reversed(cone[1:]):
-        inner = _between(x, exit_node)
+        inner = _between(x, exit_node, set(cone))
         if any(set(n.users) - inner for n in inner - {x, exit_node}):
             continue
-        grid = torch.cat([torch.linspace(-12, 12, 241, dtype=torch.float64), torch.tensor([-1e4, 1e4])])
-        values = evaluate(graph, exit_node, {x: grid})
-        found = _recognise(grid, values)
+        found = _function_of(graph, exit_node, x)
         if found is None:
             continue
         target, args = found
@@ -66,16 +58,27 @@ def _name_function_of(graph: ModelGraph, x: fx.Node, log: Log) -> bool:
     return False
 
 
-def _cone(x: fx.Node) -> list[fx.Node]:
-    """x and the nodes that are elementwise functions of it and numbers, in order."""
+def _function_of(graph: ModelGraph, exit_node: fx.Node, x: fx.Node) -> tuple | None:
+    """(vocabulary's function, its arguments after x) that a node is of x, or None."""
+    grid = torch.cat([torch.linspace(-12, 12, 241, dtype=torch.float64), torch.tensor([-1e4, 1e4])])
+    if learned := unknown_weights(graph, exit_node, x):
+        return recognise_learned(graph, learned, grid, lambda given: evaluate(graph, exit_node, {x: grid, **given}))
+    return _recognise(grid, evaluate(graph, exit_node, {x: grid}))
+
+
+def _cone(graph: ModelGraph, x: fx.Node) -> list[fx.Node]:
+    """x and the nodes that are elementwise functions of it and single numbers, in order."""
     cone = [x]
+    inputs: dict[fx.Node, bool] = {}
     member = {x}
     node = x.next
     reach = {u for u in x.users}
     while reach and node.op != "output":
         if node in reach:
             reach.discard(node)
-            of_x_alone = node.target in ELEMENTWISE and all(i in member for i in node.all_input_nodes)
+            of_x_alone = is_pointwise(node.target) and all(
+                i in member or _is_single(graph, i, inputs) for i in node.all_input_nodes
+            )
             if of_x_alone and node.meta["val"].shape == x.meta["val"].shape:
                 cone.append(node)
                 member.add(node)
@@ -84,19 +87,28 @@ def _cone(x: fx.Node) -> list[fx.Node]:
     return cone
 
 
-def _between(x: fx.Node, exit_node: fx.Node) -> set[fx.Node]:
-    """The nodes on paths from x to exit_node, both included."""
+def _is_single(graph: ModelGraph, node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
+    """Whether a node is one number that neither tokens nor positions change."""
+    value = node.meta.get("val")
+    single = isinstance(value, Tensor) and all(isinstance(s, int) and s == 1 for s in value.shape)
+    return single and not depends_on(node, {graph.tokens, graph.positions}, memo)
+
+
+def _between(x: fx.Node, exit_node: fx.Node, cone: set[fx.Node]) -> set[fx.Node]:
+    """The nodes of a cone on paths from x to exit_node, both included."""
     found, stack = {x, exit_node}, [exit_node]
     while stack:
         for i in stack.pop().all_input_nodes:
-            if i not in found:
+            if i in cone and i not in found:
                 found.add(i)
                 stack.append(i)
     return found
 
 
 def _recognise(grid: Tensor, values: Tensor) -> tuple | None:
-    if not isinstance(values, Tensor) or values.shape != grid.shape or not torch.isfinite(values).all():
+    if not isinstance(values, Tensor) or values.shape != grid.shape or not values.is_floating_point():
+        return None
+    if not torch.isfinite(values).all():
         return None
     for kind, function in vocabulary.ACTIVATIONS.items():
         if kind != "none" and _close(values, function(grid)):

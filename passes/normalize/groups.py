@@ -13,7 +13,7 @@ from dscompile.passes import vocabulary
 from dscompile.passes.evaluate import depends_on_tokens
 from dscompile.passes.graph import ModelGraph
 from dscompile.passes.normalize.cleanup import RESHAPES
-from dscompile.passes.normalize.elementwise import ELEMENTWISE
+from dscompile.passes.pointwise import is_pointwise
 from dscompile.passes.rule import Log
 
 aten = torch.ops.aten
@@ -51,7 +51,8 @@ def _flattened(graph: ModelGraph, node: fx.Node, flat: dict[fx.Node, fx.Node]) -
         shared = all(w is None or w.meta["val"].ndim == 1 for w in (weight, bias))
         return _call(graph, node, vocabulary.group_norm, (flat[source], weight, bias, spec, groups)) if shared else None
     alike = all(i in flat and i.meta["val"].shape == node.meta["val"].shape for i in node.all_input_nodes)
-    if node.target not in ELEMENTWISE or node.kwargs or not alike:
+    numbers = node.meta["val"].is_floating_point()
+    if not is_pointwise(node.target) or node.kwargs or not alike or not numbers:
         return None
     return _call(graph, node, node.target, tuple(flat[a] if isinstance(a, fx.Node) else a for a in node.args))
 

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from dscompile.passes import vocabulary
 from dscompile.passes.graph import ModelGraph
 from dscompile.passes.normalize.cleanup import RESHAPES, reshaped_back
-from dscompile.passes.normalize.elementwise import ELEMENTWISE
+from dscompile.passes.pointwise import is_pointwise
 from dscompile.passes.rule import Log
 
 aten = torch.ops.aten
@@ -21,7 +21,7 @@ def flatten_heads(graph: ModelGraph, log: Log) -> None:
         flat = flats.pop()
         function = flat.args[0]
         kinds = [_kind(a, function) for a in function.args]
-        if function.target not in ELEMENTWISE or len(function.users) > 1 or None in kinds:
+        if not is_pointwise(function.target) or len(function.users) > 1 or None in kinds:
             continue
         pairs = zip(function.args, kinds, strict=True)
         args = [a if kind == "number" else _flattened(graph, flat, a, kind) for a, kind in pairs]
@@ -50,7 +50,7 @@ def _kind(argument: object, function: fx.Node) -> str | None:
     if not isinstance(argument, fx.Node):
         return "number"
     value, heads = argument.meta.get("val"), function.meta["val"]
-    if not isinstance(value, Tensor) or value.shape[:-1] != heads.shape[:-1]:
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.shape[:-1] != heads.shape[:-1]:
         return None
     if value.shape == heads.shape:
         return "column"

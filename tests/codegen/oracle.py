@@ -25,6 +25,15 @@ ACTIVATIONS = {
 }
 
 
+def activation(kind: str, x: torch.Tensor, alpha: torch.Tensor | None) -> torch.Tensor:
+    """The activation of a segment; alpha: its linear's, if it has one."""
+    if kind != "xielu":
+        return ACTIVATIONS[kind](x)
+    assert alpha is not None
+    p, n, beta, eps = alpha
+    return beta * x + torch.where(x > 0, p * x**2, n * (torch.exp(torch.minimum(x, eps)) - 1 - x))
+
+
 def norm(spec: Norm, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
     """Normalise the last dimension; weight and bias where the spec's flags say so."""
     if spec.kind == "layer":
@@ -52,9 +61,9 @@ def linear(spec: Linear, tensors: Tensors, logit_rows: torch.Tensor | None = Non
     for i, s in enumerate(spec.segments):
         part = p[:, s.start : s.stop]
         if s.gated:
-            z = ACTIVATIONS[s.activation](part[:, : s.width]) * part[:, s.width :]
+            z = activation(s.activation, part[:, : s.width], t.get("w.alpha")) * part[:, s.width :]
         else:
-            z = ACTIVATIONS[s.activation](part)
+            z = activation(s.activation, part, t.get("w.alpha"))
         if spec.softcap:
             z = spec.softcap * torch.tanh(z / spec.softcap)
         z = z * spec.scale

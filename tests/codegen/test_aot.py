@@ -40,11 +40,12 @@ def row() -> tuple[Linear, dict[str, Operand]]:
 
 def every_kind() -> list[tuple]:
     layer = Norm("layer", 1e-5)
-    linear = Linear(512, 640, (Segment(0, 512), Segment(512, 640, "gelu_tanh")), norm=layer, bias=True)
+    linear = Linear(512, 640, (Segment(0, 512), Segment(512, 640, "xielu")), norm=layer, bias=True)
     packed = {
         "in.x": matrix(512),
         "w.weight": Operand(DTYPE, 512, (640, 512)),
         "w.bias": Operand(DTYPE, 1, (640,)),
+        "w.alpha": Operand("float32", 1, (4,)),
         "w.row_sum": Operand("float32", 1, (640,)),
         "out.y0": matrix(512),
         "out.y1": matrix(128),

@@ -60,6 +60,7 @@ _TEMPERED = {
 
 CONFIGS: dict[str, tuple[str, dict]] = {
     "afmoe": ("AfmoeConfig", {**LLAMA, **_HEADS, **_EXPERTS, **WINDOWS, "num_dense_layers": 1}),
+    "apertus": ("ApertusConfig", LLAMA),
     "arcee": ("ArceeConfig", LLAMA),
     "bart_decoder": ("BartConfig", _BART),
     "blenderbot_small": ("BlenderbotSmallConfig", _BART),
@@ -207,7 +208,6 @@ ENCODERS: dict[str, tuple[str, dict, str]] = {
 }
 
 REFUSED: dict[str, tuple[str, dict]] = {
-    "apertus": ("ApertusConfig", LLAMA),
     "diffllama": ("DiffLlamaConfig", LLAMA),
     "doge": ("DogeConfig", LLAMA),
     "jetmoe": ("JetMoeConfig", {**SIZES, "num_key_value_heads": 2, "intermediate_size": 128, "num_local_experts": 4}),

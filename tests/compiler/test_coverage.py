@@ -66,7 +66,7 @@ def test_what_is_not_understood_is_refused_in_one_line(name, tmp_path):
     reason = (
         r"operator \S+ in \w+ mixes tokens"
         if name in RECURRENT
-        else "attention|not supported|mixes tokens|one vocabulary"
+        else "attention|not supported|mixes tokens|one vocabulary|the router"
     )
     with pytest.raises(UserError, match=reason) as caught:
         compile_model(tmp_path / "model", tmp_path / "out", dummy_weights=True, **OPTIONS)

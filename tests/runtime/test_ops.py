@@ -34,7 +34,7 @@ def normalised(x, norm, weight, bias):
     return x * (weight if norm.weight else 1) + (bias if norm.bias else 0)
 
 
-def softplusless(name, x):
+def softplusless(name, x, alpha):
     return {
         "none": lambda x: x,
         "relu": lambda x: x.clamp(min=0),
@@ -46,6 +46,10 @@ def softplusless(name, x):
         "tanh": torch.tanh,
         "sigmoid": lambda x: 1 / (1 + (-x).exp()),
         "softplus": lambda x: (1 + x.exp()).log(),
+        "xielu": lambda x: (
+            alpha[2] * x
+            + torch.where(x > 0, alpha[0] * x * x, alpha[1] * (torch.special.expm1(x.clamp(max=alpha[3].item())) - x))
+        ),
     }[name](x)
 
 
@@ -65,9 +69,9 @@ def linear_oracle(spec, inputs, weights, rows):
         part = p[:, s.start : s.stop]
         if s.gated:
             gate, up = part.chunk(2, -1)
-            y = softplusless(s.activation, gate) * up
+            y = softplusless(s.activation, gate, w.get("alpha")) * up
         else:
-            y = softplusless(s.activation, part)
+            y = softplusless(s.activation, part, w.get("alpha"))
         y = spec.softcap * torch.tanh(y / spec.softcap) if spec.softcap else y
         outputs[f"y{n}"] = y * spec.scale + sum(i[f"residual{r}"] for r in range(spec.residuals))
     return outputs
@@ -94,7 +98,7 @@ LINEARS = {
     "rows_add": {"rows": "R", "add": True, "norm": RMS},
 } | {
     f"act_{a}": {"segments": (Segment(0, N, a),)}
-    for a in ("relu", "relu2", "gelu", "gelu_quick", "tanh", "sigmoid", "softplus")
+    for a in ("relu", "relu2", "gelu", "gelu_quick", "tanh", "sigmoid", "softplus", "xielu")
 }
 
 
@@ -109,7 +113,9 @@ def make_linear(options, dtype=torch.float32):
     weights |= {
         f"{r}_{p}": random(K, seed=11 + len(r + p)) + 1 for r in ("norm", "post_norm") for p in ("weight", "bias")
     }
-    return spec, {k: v.to(dtype) for k, v in inputs.items()}, {k: v.to(dtype) for k, v in weights.items()}
+    weights = {k: v.to(dtype) for k, v in weights.items()}
+    weights |= {"alpha": torch.tensor([0.7, 1.9, 0.4, -0.1])} if spec.has_alpha else {}
+    return spec, {k: v.to(dtype) for k, v in inputs.items()}, weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])

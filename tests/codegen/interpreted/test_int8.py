@@ -110,6 +110,8 @@ WIDE = {
     "bias": Linear(64, 40, (Segment(0, 40, "gelu_tanh"),), bias=True),
     "packed": Linear(80, 100, (Segment(0, 64), Segment(64, 80), Segment(80, 100, "silu")), bias=True),
     "gated": Linear(80, 92, (Segment(0, 92, "silu", gated=True),)),
+    "learned": Linear(64, 40, (Segment(0, 40, "xielu"),)),
+    "learned_packed": Linear(80, 100, (Segment(0, 64), Segment(64, 100, "xielu")), bias=True),
     "norm": Linear(48, 80, (Segment(0, 80),), norm=Norm("rms", 1e-6)),
 }
 

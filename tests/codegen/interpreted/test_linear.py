@@ -27,6 +27,8 @@ SPECS = {
     "layer_weight_bias": Linear(K, N, PLAIN, norm=Norm("layer", 1e-5, weight=True, bias=True)),
     "gated": Linear(K, 54, GATED, norm=RMS),
     "packed": Linear(K, 91, PACKED, norm=LAYER, bias=True),
+    "learned": Linear(K, 84, (Segment(0, 33), Segment(33, 84, "xielu")), norm=RMS, bias=True),
+    "learned_gate": Linear(K, 54, (Segment(0, 54, "xielu", gated=True),), residuals=1),
     "add_store": Linear(K, N, PLAIN, norm=RMS, add=True, store=True),
     "sandwich": Linear(K, 54, GATED, norm=RMS, post_norm=Norm("rms", 1e-6, weight=True), add=True, store=True),
     "sandwich_layer": Linear(
@@ -34,7 +36,7 @@ SPECS = {
     ),
     "post_only": Linear(K, N, PLAIN, norm=RMS, post_norm=Norm("layer", 1e-6), store=True),
 }
-ACTIVATIONS = ("relu", "relu2", "silu", "gelu", "gelu_tanh", "gelu_quick", "tanh", "sigmoid", "softplus")
+ACTIVATIONS = ("relu", "relu2", "silu", "gelu", "gelu_tanh", "gelu_quick", "tanh", "sigmoid", "softplus", "xielu")
 
 
 def tensors_for(spec: Linear, rows: int, outputs: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -45,6 +47,8 @@ def tensors_for(spec: Linear, rows: int, outputs: int, dtype: torch.dtype) -> di
         t["in.add"] = slice_of(rows, spec.in_features, dtype)
     if spec.bias:
         t["w.bias"] = torch.randn(spec.out_features).to(dtype)
+    if spec.has_alpha:
+        t["w.alpha"] = torch.tensor([0.2, 1.9, 0.4, -0.01])
     for norm, prefix in ((spec.norm, ""), (spec.post_norm, "post_")):
         if norm and norm.weight:
             t[f"w.{prefix}norm_weight"] = (1 + 0.3 * torch.randn(spec.in_features)).to(dtype)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dscompile.codegen.memory import assign_offsets
 from dscompile.codegen.operands import KernelContext, Operand
 from dscompile.codegen.select import programs_for
 from dscompile.codegen.step_kernels import step_kernels
@@ -15,7 +16,8 @@ from dscompile.runtime.cpu_executor import CpuExecutor
 from dscompile.runtime.cuda_executor import RESERVED_BYTES, CudaExecutor, graph_sizes
 from dscompile.runtime.engine import Engine
 from dscompile.runtime.errors import UserError
-from dscompile.runtime.plan import Aten, Plan, Ref, Sample, Step
+from dscompile.runtime.plan import Aten, Buffer, Plan, Ref, Sample, Step
+from dscompile.runtime.plan_check import check_plan
 from tests.helpers import rms_ratio
 from tests.runtime.models import Model, make_encoder, make_model
 from tests.runtime_cuda.simulated import TARGET, SimulatedDevice, write_kernels
@@ -180,6 +182,30 @@ def test_a_step_outside_the_vocabulary_is_executed_by_torch(llama, tmp_path):
     steps = list(llama.plan.steps)
     steps[6:6] = [tanh, double]
     model = dataclasses.replace(llama, plan=dataclasses.replace(llama.plan, steps=tuple(steps)))
+    options = {"max_new_tokens": 5, "ignore_eos": True}
+    plain = Engine(CpuExecutor(llama.plan, llama.weights, 128)).generate(PROMPTS, **options)
+    expected = Engine(CpuExecutor(model.plan, model.weights, 128)).generate(PROMPTS, **options)
+    engine, _ = simulated(model, tmp_path)
+    actual = engine.generate(PROMPTS, **options)
+    assert [r.tokens for r in actual] == [r.tokens for r in expected] != [r.tokens for r in plain]
+
+
+def test_truths_of_steps_outside_the_vocabulary_have_a_buffer(llama, tmp_path):
+    """h = where(h > 0, h, h / 2), in three steps."""
+    h, half = (Ref(name, 0, llama.shape.hidden) for name in ("h", "half"))
+    truths = Ref("truths", 0, llama.shape.hidden)
+    buffers = [Buffer("half", "T", llama.shape.hidden, "float32"), Buffer("truths", "T", llama.shape.hidden, "bool")]
+    compared = Aten("aten.gt.Scalar", ("in.x", 0.0))
+    chosen = Aten("aten.where.self", ("in.truths", "in.x", "in.half"))
+    steps = list(llama.plan.steps)
+    steps[6:6] = [
+        Step("compared", compared, ("fallback",), None, {"x": h}, {"y": truths}),
+        Step("halved", Aten("aten.mul.Tensor", ("in.x", 0.5)), ("fallback",), None, {"x": h}, {"y": half}),
+        Step("chosen", chosen, ("fallback",), None, {"x": h, "half": half, "truths": truths}, {"y": h}),
+    ]
+    placed = assign_offsets(tuple(steps), llama.plan.buffers | {b.name: b for b in buffers})
+    model = dataclasses.replace(llama, plan=dataclasses.replace(llama.plan, steps=tuple(steps), buffers=placed))
+    check_plan(model.plan)
     options = {"max_new_tokens": 5, "ignore_eos": True}
     plain = Engine(CpuExecutor(llama.plan, llama.weights, 128)).generate(PROMPTS, **options)
     expected = Engine(CpuExecutor(model.plan, model.weights, 128)).generate(PROMPTS, **options)
