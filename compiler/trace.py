@@ -70,6 +70,7 @@ def _trace(
 ) -> ModelGraph:
     model = build_on_meta(config)
     _refuse_convolutions(model)
+    _refuse_indexers(model)
     adapt(model)
     freeze_rotary(model, max_seq_len)
     prepare(model)
@@ -93,6 +94,15 @@ def _refuse_convolutions(model: nn.Module) -> None:
                     f"operator aten.conv1d.default in {type(parent).__name__} mixes tokens (it slides over them); "
                     f"dscompile compiles models in which only attention does"
                 )
+
+
+def _refuse_indexers(model: nn.Module) -> None:
+    """Refuse sparse attention in its own words; its code indexes the mask, which tracing leaves out."""
+    for name, _ in model.named_modules():
+        if name.endswith(".indexer"):
+            raise UserError(
+                f"{name} chooses the tokens that attention sees; attention over chosen tokens is not compiled"
+            )
 
 
 class _NumbersAsOperators(TorchFunctionMode):

@@ -208,6 +208,7 @@ ENCODERS: dict[str, tuple[str, dict, str]] = {
 }
 
 REFUSED: dict[str, tuple[str, dict]] = {
+    "deepseek_v32": ("DeepseekV32Config", {**LLAMA, **_ROUTED_EXPERTS, **_LATENT, "index_topk": 8, "index_n_heads": 4}),
     "diffllama": ("DiffLlamaConfig", LLAMA),
     "doge": ("DogeConfig", LLAMA),
     "jetmoe": ("JetMoeConfig", {**SIZES, "num_key_value_heads": 2, "intermediate_size": 128, "num_local_experts": 4}),
