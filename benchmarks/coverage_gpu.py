@@ -192,7 +192,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage_gpu", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="configurations of tests/compiler/tiny.py; all by default")
     parser.add_argument("--core", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=3600.0, help="start no configuration after so long")
+    parser.add_argument("--seconds", type=float, default=36000.0, help="start no configuration after so long")
     name = "coverage_interpreted" if INTERPRETED else "coverage_h200"
     parser.add_argument("--result", default=name, help="name of the result")
     parser.add_argument("--out", type=Path, default=RESULTS)
