@@ -34,7 +34,7 @@ def normalised(x, norm, weight, bias):
     return x * (weight if norm.weight else 1) + (bias if norm.bias else 0)
 
 
-def softplusless(name, x, alpha):
+def activate(name, x, alpha=None):
     return {
         "none": lambda x: x,
         "relu": lambda x: x.clamp(min=0),
@@ -69,9 +69,9 @@ def linear_oracle(spec, inputs, weights, rows):
         part = p[:, s.start : s.stop]
         if s.gated:
             gate, up = part.chunk(2, -1)
-            y = softplusless(s.activation, gate, w.get("alpha")) * up
+            y = activate(s.activation, gate, w.get("alpha")) * up
         else:
-            y = softplusless(s.activation, part, w.get("alpha"))
+            y = activate(s.activation, part, w.get("alpha"))
         y = spec.softcap * torch.tanh(y / spec.softcap) if spec.softcap else y
         outputs[f"y{n}"] = y * spec.scale + sum(i[f"residual{r}"] for r in range(spec.residuals))
     return outputs

@@ -9,7 +9,7 @@ from dscompile.runtime import ops, ops_moe
 from dscompile.runtime.ops_moe import gate, route
 from dscompile.runtime.plan import Moe, Router
 from tests.helpers import rms_ratio
-from tests.runtime.test_ops import random, softplusless, step
+from tests.runtime.test_ops import random, activate, step
 
 T, K, F, E = 5, 13, 9, 6
 
@@ -76,7 +76,7 @@ def test_moe(name, limit, shift, bias, scale_input, dtype):
             g, u = (w["gate_up"][e] @ v + (w["gate_up_bias"][e] if bias else 0)).chunk(2)
             if limit:
                 g, u = g.clamp(max=limit), u.clamp(-limit, limit)
-            y = w["down"][e] @ (softplusless("silu", g) * (u + shift)) + (w["down_bias"][e] if bias else 0)
+            y = w["down"][e] @ (activate("silu", g) * (u + shift)) + (w["down_bias"][e] if bias else 0)
             expected[t] += y if scale_input else y * factor
     actual = ops.execute(spec, inputs, weights, step())["y"]
     assert rms_ratio(actual, expected) < (1e-6 if dtype == torch.float32 else 1e-3)
