@@ -9,7 +9,7 @@ from dscompile.runtime import ops, ops_moe
 from dscompile.runtime.ops_moe import gate, route
 from dscompile.runtime.plan import Moe, Router
 from tests.helpers import rms_ratio
-from tests.runtime.test_ops import random, activate, step
+from tests.runtime.test_ops import activate, random, step
 
 T, K, F, E = 5, 13, 9, 6
 
