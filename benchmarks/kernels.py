@@ -163,7 +163,6 @@ class LinearProblem:
         out = torch.float32 if spec.rows == "R" else kind
         for i, s in enumerate(spec.segments):
             self.tensors[f"out.y{i}"] = torch.empty(tokens, s.width, device="cuda", dtype=out)
-        self.tensors["step.logit_rows"] = torch.arange(tokens, device="cuda", dtype=torch.int32)
         self.tensors |= {"T": tokens, "R": tokens, "B": tokens}
         self._bind_more()
         self.expected = self._expected()

@@ -65,8 +65,6 @@ def int8_row_request(spec: Linear, operands: Operands, config: Int8RowConfig) ->
     structure = structure_of(spec, operands, config.block_n, two_pass=True)
     structure |= {"tail_k": words % block_k != 0, "chunks": chunks, "prefetch": min(config.prefetch, chunks)}
     numbers = numbers_of(spec, operands) | {"BN": config.block_n, "BK": block_k}
-    if spec.add and spec.rows == "R":
-        numbers["ADD_STRIDE"] = operands["in.add"].stride
     arguments = arguments_of(spec, operands, folded_norm=False)
     if spec.quantization and spec.quantization.activations == "tensor":
         arguments.bind("w.input_scale")
@@ -79,8 +77,7 @@ def int8_row_request(spec: Linear, operands: Operands, config: Int8RowConfig) ->
 def _row_launch(spec: Linear, operands: Operands, config: Int8RowConfig, draft: Draft) -> Launch:
     request, arguments, programs = int8_row_request(spec, operands, config)
     draft.requests.append(request)
-    grid = (Extent(programs),) + ((Extent(1, "R"),) if spec.rows == "R" else ())
-    return Launch("kernel", request.name, arguments.args, grid)
+    return Launch("kernel", request.name, arguments.args, (Extent(programs),))
 
 
 # ---------------------------------------------------------------- many rows

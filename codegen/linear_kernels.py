@@ -111,8 +111,6 @@ def row_request(spec: Linear, operands: Operands, config: RowConfig) -> tuple[Ke
         "loop_blocks": blocks > prefetch,
     }
     numbers = numbers_of(spec, operands) | {"BN": config.block_n, "BK": block_k, "STAGES": config.stages}
-    if spec.add and spec.rows == "R":
-        numbers["ADD_STRIDE"] = operands["in.add"].stride
     if two_pass or spec.post_norm:
         numbers["BS"] = min(4096, next_power_of_2(spec.in_features))
     arguments = arguments_of(spec, operands, not two_pass)
@@ -130,8 +128,7 @@ def row_request(spec: Linear, operands: Operands, config: RowConfig) -> tuple[Ke
 def _row_launch(spec: Linear, operands: Operands, config: RowConfig, draft: Draft) -> Launch:
     request, arguments, programs = row_request(spec, operands, config)
     draft.requests.append(request)
-    grid = (Extent(programs),) + ((Extent(1, "R"),) if spec.rows == "R" else ())
-    return Launch("kernel", request.name, arguments.args, grid)
+    return Launch("kernel", request.name, arguments.args, (Extent(programs),))
 
 
 # ---------------------------------------------------------------- tiles of tokens
@@ -224,7 +221,7 @@ def _tile_launches(
 
 def prepared(spec: Linear, dtype: str) -> Operand:
     """The rows that `prepare_rows` leaves in scratch.rows."""
-    return Operand(dtype, spec.in_features, gathered=True)
+    return Operand(dtype, spec.in_features)
 
 
 def reading_scratch(launch: Launch) -> Launch:

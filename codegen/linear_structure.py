@@ -36,7 +36,6 @@ def structure_of(spec: Linear, operands: Operands, block: int, two_pass: bool) -
         "add": spec.add,
         "store": spec.store,
         "rows": spec.rows,
-        "gathers": gathers(spec, operands),
         "residual_strides": [operands[f"in.residual{i}"].stride for i in range(spec.residuals)],
         "two_pass": two_pass,
         **_norm_structure(norm, ""),
@@ -75,11 +74,6 @@ def numbers_of(spec: Linear, operands: Operands) -> dict:
     return numbers
 
 
-def gathers(spec: Linear, operands: Operands) -> bool:
-    """Whether the kernel looks up which rows of x are asked for."""
-    return spec.rows == "R" and not operands["in.x"].gathered
-
-
 def arguments_of(spec: Linear, operands: Operands, folded_norm: bool) -> Arguments:
     arguments = Arguments(operands)
     arguments.bind("in.x", "w.weight")
@@ -94,7 +88,6 @@ def arguments_of(spec: Linear, operands: Operands, folded_norm: bool) -> Argumen
         (spec.post_norm and spec.post_norm.weight, "w.post_norm_weight"),
         (spec.post_norm and spec.post_norm.bias, "w.post_norm_bias"),
         (spec.norm and spec.norm.kind == "layer" and folded_norm, "w.row_sum"),
-        (gathers(spec, operands), "step.logit_rows"),
         (spec.store, "out.sum"),
     ):
         if present:

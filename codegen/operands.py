@@ -14,15 +14,13 @@ from dscompile.runtime.plan import KVGroup
 class Operand:
     """A tensor bound to a role of a step, rows of `stride` elements.
 
-    aligned:  its address is a multiple of 16 bytes
-    gathered: its rows are the rows of logits asked for, and no longer those of the step
+    aligned: its address is a multiple of 16 bytes
     """
 
     dtype: str
     stride: int
     shape: tuple[int, ...] = ()
     aligned: bool = True
-    gathered: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from dscompile.codegen.emit import KernelRequest, kernel_request
-from dscompile.codegen.operands import Arguments, Operands, next_power_of_2
+from dscompile.codegen.operands import Arguments, Operands, ceil_div, next_power_of_2
 from dscompile.runtime.plan import Case, Embed, Extent, Launch, Linear, Program, RowNorm
+
+KEPT_COLUMNS, KEPT_ROWS = 256, 32  # a turn of a program moves
 
 
 def embed_program(spec: Embed, operands: Operands) -> tuple[Program, tuple[KernelRequest, ...]]:
@@ -77,8 +79,6 @@ def row_norm_launch(
         arguments.bind("out.sum")
         numbers["SUM_STRIDE"] = operands["out.sum"].stride
     rows = spec.rows if isinstance(spec, Linear) else "T"
-    if rows == "R":
-        arguments.bind("step.logit_rows")
     if quantized == "tensor":
         arguments.bind("w.input_scale")
     elif quantized:
@@ -95,8 +95,6 @@ def row_norm_launch(
         for n, prefix, eps in ((post, "post_", "POST_EPS"), (spec.norm, "", "EPS"))
     ]
     structure: dict[str, Any] = {"norms": norms, "add": spec.add, "store": store}
-    if rows == "R":
-        structure["rows"] = rows
     if quantized:
         structure["quantized"] = quantized
     groups = spec.groups if isinstance(spec, RowNorm) else 1
@@ -104,6 +102,21 @@ def row_norm_launch(
         structure["groups"] = True
     request = kernel_request("row_norm", numbers, params, structure=structure, num_warps=_warps(width), num_stages=1)
     return request, Launch("kernel", request.name, arguments.args, (Extent(1, rows), *[Extent(groups)] * (groups > 1)))
+
+
+def keep_rows_program(operands: Operands) -> tuple[Program, tuple[KernelRequest, ...]]:
+    """A launch for each matrix: few columns of all rows a program."""
+    launches, requests = [], []
+    for role, operand in operands.items():
+        arguments = Arguments(operands)
+        arguments.bind(role, "step.logit_rows", "R")
+        x, *others = arguments.params
+        numbers = {"WIDTH": operand.shape[-1], "STRIDE": operand.stride, "COLUMNS": KEPT_COLUMNS, "ROWS": KEPT_ROWS}
+        params = (replace(x, name="x_ptr"), *others)
+        requests.append(kernel_request("keep_rows", numbers, params, num_warps=8, num_stages=1))
+        grid = (Extent(ceil_div(operand.shape[-1], KEPT_COLUMNS)),)
+        launches.append(Launch("kernel", requests[-1].name, arguments.args, grid))
+    return Program((Case(1, 0, tuple(launches)),)), tuple(requests)
 
 
 def _warps(width: int) -> int:

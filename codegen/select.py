@@ -9,17 +9,17 @@ from dscompile.codegen.int8_kernels import int8_linear_program
 from dscompile.codegen.linear_kernels import linear_program
 from dscompile.codegen.moe_kernels import moe_program
 from dscompile.codegen.operands import KernelContext, Operand, Operands
-from dscompile.codegen.row_kernels import embed_program, row_norm_program
+from dscompile.codegen.row_kernels import embed_program, keep_rows_program, row_norm_program
 from dscompile.codegen.targets import supports
 from dscompile.codegen.tuned_table import rounds_rows
 from dscompile.runtime.errors import UserError
-from dscompile.runtime.plan import Attention, Embed, Linear, Moe, Program, RowNorm
+from dscompile.runtime.plan import Attention, Embed, KeepRows, Linear, Moe, Program, RowNorm
 
 __all__ = ["KernelContext", "Operand", "programs_for"]
 
 
 def programs_for(
-    spec: Embed | Linear | Attention | Moe | RowNorm, operands: Operands, context: KernelContext
+    spec: Embed | Linear | Attention | Moe | RowNorm | KeepRows, operands: Operands, context: KernelContext
 ) -> tuple[Program, tuple[KernelRequest, ...]]:
     """Return the program of a step and the kernels it launches.
 
@@ -46,4 +46,6 @@ def programs_for(
         return embed_program(spec, operands)
     if isinstance(spec, RowNorm):
         return row_norm_program(spec, operands, operands["in.x"].shape[-1])
+    if isinstance(spec, KeepRows):
+        return keep_rows_program(operands)
     raise TypeError(f"no kernels for {type(spec).__name__}")

@@ -18,7 +18,7 @@ from dscompile.runtime.errors import UserError
 from dscompile.runtime.executor import Batch, BatchRow, StepInputs, StepResult, max_logit_rows
 from dscompile.runtime.kv_cache import KVPool, dtype_of, size_pools
 from dscompile.runtime.ops_linear import PackedWeights
-from dscompile.runtime.plan import Buffer, Linear, Plan, Ref, Sample, Step
+from dscompile.runtime.plan import Buffer, KeepRows, Linear, Plan, Ref, Sample, Step
 from dscompile.runtime.sampler import sample_row
 
 PREPARED_SHAPES = 32
@@ -145,11 +145,16 @@ class CpuExecutor:
             return self._prepared[key]
         rows = {"T": num_tokens, "R": num_logits}
         views = {name: self._buffer(b, rows[b.rows]) for name, b in self.plan.buffers.items()}
-        runs, logits = [], None
+        runs, logits, kept = [], None, num_tokens
         for step in self.plan.steps:
             if isinstance(step.spec, Sample):
                 logits = _view(views, step.inputs["logits"])
-            elif num_logits or not _is_logit_step(self.plan, step):
+            elif isinstance(step.spec, KeepRows):
+                kept = num_logits
+                if 0 < kept < num_tokens:
+                    runs.append(self._bind(step, views))
+                    views = {name: view[:kept] for name, view in views.items()}
+            elif kept:
                 runs.append(self._bind(step, views))
         if self.plan.hidden is not None:
             logits = _view(views, self.plan.hidden)
@@ -216,14 +221,6 @@ def _clear_new_blocks(pool: KVPool, tables: list[list[int]], rows: Seq[BatchRow]
 
 def _view(views: dict[str, torch.Tensor], ref: Ref) -> torch.Tensor:
     return views[ref.buffer][:, ref.start : ref.stop]
-
-
-def _is_logit_step(plan: Plan, step: Step) -> bool:
-    """Whether the step works on rows R, of which a step may have none."""
-    if isinstance(step.spec, Linear) and step.spec.rows == "R":
-        return True
-    refs = [*step.inputs.values(), *step.outputs.values()]
-    return any(plan.buffers[r.buffer].rows == "R" for r in refs)
 
 
 def arena_row_bytes(plan: Plan, rows: str) -> int:

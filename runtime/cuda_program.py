@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import torch
 
@@ -14,7 +15,7 @@ from dscompile.runtime.errors import UserError
 from dscompile.runtime.executor import StepInputs
 from dscompile.runtime.kernels import Bindings, KernelTable, Sizes, choose_case
 from dscompile.runtime.kv_cache import KVPool
-from dscompile.runtime.plan import Aten, Attention, Linear, Plan, Ref, Sample, Step
+from dscompile.runtime.plan import Aten, Attention, KeepRows, Linear, Plan, Ref, Sample, Step
 
 
 class BoundStep:
@@ -23,6 +24,7 @@ class BoundStep:
     def __init__(self, owner: BoundPlan, step: Step, layout: dict[str, int] | None) -> None:
         self._owner, self._step, self.name = owner, step, step.name
         self._layout = layout
+        self.keeps_rows = isinstance(step.spec, KeepRows)
         self._by_head = isinstance(step.spec, Linear) and step.spec.rows == "R"
         self._program = owner.plan.programs[step.program]
         self._cases: dict[int, list] = {}
@@ -75,6 +77,8 @@ class BoundStep:
 class AtenStep:
     """A step that torch executes, outside the vocabulary; bound to views anew when the number of rows changes."""
 
+    keeps_rows = False
+
     def __init__(self, owner: BoundPlan, step: Step, layout: dict[str, int] | None) -> None:
         self._owner, self._step, self._layout, self.name = owner, step, layout, step.name
         self._rows = -1
@@ -105,7 +109,13 @@ class Sequential:
 
     def launch(self, sizes: Sizes, decode: bool, stream: int) -> None:
         for step in self._steps:
-            step.launch(sizes, decode, stream)
+            if not step.keeps_rows:
+                step.launch(sizes, decode, stream)
+            elif not sizes.R:
+                return
+            elif sizes.R < sizes.T:
+                step.launch(sizes, decode, stream)
+                sizes = replace(sizes, T=sizes.R)
 
 
 class BoundPlan:

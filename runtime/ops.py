@@ -21,7 +21,7 @@ from dscompile.runtime.ops_attention import bind_attention
 from dscompile.runtime.ops_linear import PackedWeights, bind_linear
 from dscompile.runtime.ops_moe import bind_moe
 from dscompile.runtime.ops_norm import bind_norm, compute_dtype
-from dscompile.runtime.plan import Aten, Attention, Embed, Linear, Moe, RowNorm, Sample, Spec
+from dscompile.runtime.plan import Aten, Attention, Embed, KeepRows, Linear, Moe, RowNorm, Sample, Spec
 
 Tensors = dict[str, torch.Tensor]
 Run = Callable[[StepInputs], None]
@@ -51,6 +51,8 @@ def bind(
             return _bind_embed(spec, outputs, weights)
         case RowNorm():
             return _bind_row_norm(spec, inputs, outputs, weights)
+        case KeepRows():
+            return _bind_keep_rows(inputs)
         case Aten():
             return bind_aten(spec, inputs, outputs, weights)
         case Sample():
@@ -63,7 +65,7 @@ def execute(
 ) -> Tensors:
     """Run one step once: outputs by role, freshly allocated, poisoned before and of `dtype` (default: the inputs')."""
     dtype = dtype or next(x.dtype for x in (*inputs.values(), *weights.values()))
-    rows = len(step.logit_rows) if isinstance(spec, Linear) and spec.rows == "R" else len(step.tokens)
+    rows = len(inputs["x"]) if isinstance(spec, Linear) else len(step.tokens)
     outputs = {
         role: torch.full((rows, width), torch.nan, dtype=dtype, device=step.tokens.device)
         for role, width in output_widths(spec, inputs, weights).items()
@@ -125,5 +127,14 @@ def _bind_row_norm(spec: RowNorm, inputs: Tensors, outputs: Tensors, weights: Te
     def run(step: StepInputs) -> None:
         v = x.to(dtype)
         y.copy_(norm(v if add is None else v + add))
+
+    return run
+
+
+def _bind_keep_rows(inputs: Tensors) -> Run:
+    def run(step: StepInputs) -> None:
+        rows = step.logit_rows
+        for x in inputs.values():
+            x[: len(rows)] = x.index_select(0, rows)
 
     return run

@@ -116,18 +116,13 @@ def _bind_prologue(spec: Linear, inputs: Tensors, outputs: Tensors, weights: Ten
     x, add, total = inputs["x"], inputs.get("add"), outputs.get("sum")
     post_norm = bind_norm(spec.post_norm, weights, "post_norm", dtype)
     norm = bind_norm(spec.norm, weights, "norm", dtype)
-    gathered = spec.rows == "R" and len(outputs["y0"]) != len(x)
-    if not gathered and add is None and spec.post_norm is None and total is None and x.dtype == dtype:
+    if add is None and spec.post_norm is None and total is None and x.dtype == dtype:
         return (lambda step: x) if spec.norm is None else (lambda step: norm(x))
 
     def run(step: StepInputs) -> torch.Tensor:
-        rows, more = x, add
-        if gathered:
-            rows = x.index_select(0, step.logit_rows)
-            more = None if add is None else add.index_select(0, step.logit_rows)
-        v = post_norm(rows.to(dtype))
-        if more is not None:
-            v = v + more
+        v = post_norm(x.to(dtype))
+        if add is not None:
+            v = v + add
         if total is not None:
             total.copy_(v)
         return norm(v)

@@ -92,7 +92,7 @@ class Linear:
     epilogue, segment i: y_i = softcap(act(p_i)) * scale + residual_0 + residual_1 ...
                         softcap(z) = cap * tanh(z / cap)
 
-    rows "R": the input rows are x[logit_rows[r]], the output is [R, ...] (the head).
+    rows "R": the output is [R, ...] (the head, behind a KeepRows).
     in:      x [T, K]; add [T, K] if `add`; residual0.. [T, width] (one segment only, never with rows "R")
     weights: weight [N, K]; bias [N] if `bias`; norm_weight, norm_bias, post_norm_weight, post_norm_bias [K];
              row_sum [N] float32 = sum over K of the stored weight, present exactly when norm.kind == "layer", the norm
@@ -240,6 +240,16 @@ class RowNorm:
 
 
 @dataclass(frozen=True)
+class KeepRows:
+    """Keep only the rows of logits: row logit_rows[r] of every input becomes row r, in place, and T is R from here on.
+
+    Every plan that ends in a head has one, behind its last Attention and Embed: what follows treats each row alone.
+    Where a step asks for every row (T == R) it does nothing.
+    in: x0.. [T, any], all that a later step reads; out: nothing
+    """
+
+
+@dataclass(frozen=True)
 class Aten:
     """A node outside the vocabulary, executed by torch: the ATen overload `target`, from an allow-list.
 
@@ -257,7 +267,7 @@ class Sample:
     """Choose a token for each row of logits [R, V] float32. in: logits. Tokens belong to the step, not to a buffer."""
 
 
-Spec = Embed | Linear | Attention | Moe | RowNorm | Aten | Sample
+Spec = Embed | Linear | Attention | Moe | RowNorm | KeepRows | Aten | Sample
 
 
 # ---------------------------------------------------------------- where it is computed

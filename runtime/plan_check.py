@@ -12,6 +12,7 @@ from dscompile.runtime.plan import (
     Aten,
     Attention,
     Embed,
+    KeepRows,
     Launch,
     Linear,
     Moe,
@@ -75,6 +76,7 @@ def _check_limits(plan: Plan) -> None:
         _need(samples == 1, "there must be exactly one sample step")
     else:
         _check_encoder(plan, plan.hidden, samples)
+    _check_kept(plan)
     for group in plan.kv_groups:
         _dtype(group.dtype)
         sizes = (group.num_layers, group.num_kv_heads, group.head_dim, group.v_head_dim)
@@ -93,6 +95,16 @@ def _check_encoder(plan: Plan, hidden: Ref, samples: int) -> None:
     _need(0 <= hidden.start < hidden.stop <= buffer.cols, "hidden has columns that its buffer lacks")
     _need(plan.max_step_tokens >= plan.max_seq_len, "max_step_tokens is less than an encoder's longest sequence")
     _need(not any(_is_causal(s.spec) for s in plan.steps), "an encoder's attention is not causal")
+
+
+def _check_kept(plan: Plan) -> None:
+    kept = [i for i, s in enumerate(plan.steps) if isinstance(s.spec, KeepRows)]
+    _need(len(kept) == (not plan.is_encoder), "exactly one step must keep the rows of logits, in an encoder none")
+    for i, step in enumerate(plan.steps):
+        behind = bool(kept) and i > kept[0]
+        _need(not (behind and isinstance(step.spec, Attention | Embed)), f"{step.name} needs rows that are not kept")
+        head = isinstance(step.spec, Linear) and step.spec.rows == "R"
+        _need(not head or behind, f"{step.name} computes logits of rows that were not kept")
 
 
 def _is_causal(spec: Spec) -> bool:
@@ -159,6 +171,8 @@ def _signature(plan: Plan, spec: Spec, step: Step) -> tuple[dict, dict, dict]:
             inputs = {"x": width} | ({"add": width} if spec.add else {})
             _need(spec.groups > 0 and width % spec.groups == 0, "has groups of unequal widths")
             return inputs, {"y": width}, _norm(spec.norm, "norm", width // spec.groups)
+        case KeepRows():
+            return dict.fromkeys(step.inputs), {}, {}
         case Sample():
             return {"logits": plan.vocab_size}, {}, {}
         case Aten():

@@ -17,6 +17,7 @@ from dscompile.passes.evaluate import depends_on_tokens
 from dscompile.passes.fuse.regions import entry_of, fused_embed, fused_linear
 from dscompile.passes.graph import ModelGraph
 from dscompile.passes.lower.fallback import fallback
+from dscompile.passes.lower.keep_rows import place_keep_rows
 from dscompile.passes.lower.placement import Placement
 from dscompile.passes.lower.weights import WeightTable
 from dscompile.passes.quantize.packed import ROUNDED
@@ -102,6 +103,8 @@ def lower(
     for node in graph.graph.nodes:
         lowering.visit(node)
     steps = tuple(lowering.steps)
+    if not graph.is_encoder:
+        steps = place_keep_rows(steps, lowering.placement.buffers)
     classes = _layer_classes(steps)
     plan = Plan(
         vocab_size=lowering.vocab_size(),
@@ -331,7 +334,7 @@ def with_kernels(
             programs[names[key]], made = programs_for(step.spec, operands, context)
             for request in made:
                 requests.setdefault(request.name, request)
-                line = f"{model}: region {'+'.join(step.regions)}, rules: {rules[step.name]}"
+                line = f"{model}: region {'+'.join(step.regions)}, rules: {rules.get(step.name, '')}"
                 lowered.provenance.setdefault(request.name, line)
         steps.append(dataclasses.replace(step, program=names[key]))
     plan = dataclasses.replace(plan, steps=tuple(steps))

@@ -44,14 +44,14 @@ def norm(spec: Norm, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.T
     return x + bias if spec.bias else x
 
 
-def linear(spec: Linear, tensors: Tensors, logit_rows: torch.Tensor | None = None) -> Tensors:
+def linear(spec: Linear, tensors: Tensors) -> Tensors:
     """Every output of a linear, from tensors by role ("in.x", "w.weight"), in float64."""
     t = {k: v.double() for k, v in tensors.items()}
-    v = t["in.x"] if spec.rows == "T" else t["in.x"][logit_rows.long()]
+    v = t["in.x"]
     if spec.post_norm:
         v = norm(spec.post_norm, v, t.get("w.post_norm_weight"), t.get("w.post_norm_bias"))
     if spec.add:
-        v = v + (t["in.add"] if spec.rows == "T" else t["in.add"][logit_rows.long()])
+        v = v + t["in.add"]
     outputs = {"out.sum": v} if spec.store else {}
     if spec.norm:
         v = norm(spec.norm, v, t.get("w.norm_weight"), t.get("w.norm_bias"))

@@ -12,6 +12,7 @@ from dscompile.runtime.plan import (
     Attention,
     Buffer,
     Embed,
+    KeepRows,
     KVGroup,
     Linear,
     Norm,
@@ -99,6 +100,7 @@ def make_encoder(**options) -> Model:
     steps = tuple(
         dataclasses.replace(s, spec=dataclasses.replace(s.spec, index=0)) if isinstance(s.spec, Attention) else s
         for s in model.plan.steps[:-2]
+        if not isinstance(s.spec, KeepRows)
     )
     used = {name for s in steps for name in s.weights.values()}
     plan = dataclasses.replace(
@@ -164,6 +166,9 @@ class _Builder:
         steps = [Step("embed", Embed(), ("embed",), None, {}, {"y": Ref("h", 0, s.hidden)}, {"table": table})]
         for layer in range(s.layers):
             steps += self.layer(layer)
+        last = max(i for i, step in enumerate(steps) if isinstance(step.spec, Attention))
+        kept = {"x0": Ref("att", 0, s.heads * s.v_head_dim), "x1": Ref("h", 0, s.hidden)}
+        steps.insert(last + 1, Step("keep_rows", KeepRows(), ("keep_rows",), inputs=kept))
         head, bound = self.linear("head", s.vocab, s.hidden, norm=self.norm, rows="R")
         bound |= self.norm_weights("final", s.hidden)
         refs = {"x": Ref("h", 0, s.hidden)}, {"y0": Ref("logits", 0, s.vocab)}

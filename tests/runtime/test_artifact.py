@@ -15,7 +15,7 @@ from dscompile.runtime import load
 from dscompile.runtime.artifact import atomic_directory, read_plan, verify_artifact, write_manifest, write_plan
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.manifest import FORMAT_VERSION, read_manifest
-from dscompile.runtime.plan import Ref, Weight
+from dscompile.runtime.plan import KeepRows, Ref, Weight
 from tests.helpers import rms_ratio
 from tests.runtime.artifacts import write_artifact
 from tests.runtime.models import Model, make_model, oracle
@@ -165,6 +165,12 @@ def with_int8_cache(plan, **fields):
     )
 
 
+def with_kept_rows_at(plan, index):
+    (kept,) = (s for s in plan.steps if isinstance(s.spec, KeepRows))
+    others = [s for s in plan.steps if s is not kept]
+    return dataclasses.replace(plan, steps=(*others[:index], kept, *others[index:]))
+
+
 INCONSISTENT = {
     "buffer": (lambda p: with_step(p, 1, inputs={"x": Ref("nowhere", 0, 24)}), "buffer 'nowhere'"),
     "columns": (lambda p: with_step(p, 1, inputs={"x": Ref("h", 1, 25)}), "columns 1:25"),
@@ -176,6 +182,9 @@ INCONSISTENT = {
     "group": (lambda p: dataclasses.replace(p, kv_groups=()), "KV group 0"),
     "int8 cache": (lambda p: dataclasses.replace(with_int8_cache(p), page_size=2), "multiple of 4"),
     "sample": (lambda p: dataclasses.replace(p, steps=p.steps[:-1]), "sample step"),
+    "kept twice": (lambda p: with_step(p, 0, spec=KeepRows()), "exactly one step must keep"),
+    "kept too early": (lambda p: with_kept_rows_at(p, 1), "layers.0.attention needs rows that are not kept"),
+    "kept too late": (lambda p: with_kept_rows_at(p, len(p.steps)), "computes logits of rows that were not kept"),
     "limits": (lambda p: dataclasses.replace(p, page_size=0), "page_size"),
 }
 

@@ -148,7 +148,25 @@ def test_scores_in_pieces(monkeypatch):
     assert rms_ratio(logits, oracle(model, tokens)) < 3e-6
 
 
-@pytest.mark.parametrize("index", range(1, 12))
+@pytest.mark.parametrize("name", ["llama", "bloom", "two_groups"])
+def test_rows_that_are_not_asked_for_are_dropped_behind_the_last_attention(name):
+    """Sequences of which some, none or all rows are asked for, in one step; what is left of a prompt is there later."""
+    model = make_model(**OPTIONS[name])
+    sequences, asked = prompts([9, 6, 1, 5], model.shape.vocab), (2, 0, 1, 5)
+    driver, rows = Driver(model), []
+    for key, (tokens, count) in enumerate(zip(sequences, asked, strict=True)):
+        sequence = driver.sequences[key] = Sequence(key, list(tokens), SamplingParams())
+        driver.tables.allocate(sequence.blocks, len(tokens))
+        rows.append(BatchRow(sequence, 0, tokens, count, sample=False, return_logits=True))
+    result = driver.executor.launch(Batch(tuple(rows))).wait()
+    for tokens, count, logits in zip(sequences, asked, result.logits, strict=True):
+        expected = oracle(model, tokens)[len(tokens) - count :]
+        assert logits.shape == expected.shape and (not count or rms_ratio(logits, expected) < 3e-6)
+    after = driver.step({1: [7]})[1]
+    assert rms_ratio(after, oracle(model, [*sequences[1], 7])[-1:]) < 3e-6
+
+
+@pytest.mark.parametrize("index", [i for i, s in enumerate(make_model().plan.steps) if i and s.layer is not None])
 def test_every_step_of_the_plan_matters(index):
     model = make_model()
     (tokens,) = prompts([7], model.shape.vocab)

@@ -66,14 +66,13 @@ def test_programs_that_share_columns_add_up(name: str, how: str, monkeypatch: py
 
 @pytest.mark.parametrize("how", ["token", "none"])
 @pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize("rows,logits", [(7, 1), (40, 19)])
-def test_head_reads_the_rows_asked_for(name: str, rows: int, logits: int, how: str) -> None:
+@pytest.mark.parametrize("rows", [1, 19])
+def test_head(name: str, rows: int, how: str) -> None:
     torch.manual_seed(0)
-    spec, tensors = quantized(HEADS[name], HOW[how], rows, logits, torch.float16)
-    chosen = torch.randperm(rows)[:logits].to(torch.int32)
-    run(spec, tensors, {"logit_rows": chosen}, {"T": rows, "B": 1, "R": logits}, count=logits)
+    spec, tensors = quantized(HEADS[name], HOW[how], rows, rows, torch.float16)
+    run(spec, tensors, {}, {"T": rows, "B": 1, "R": rows})
     limit = 1e-5 if how != "none" else 1e-3  # tensor cores read normalised rows in float16
-    assert rms_ratio(tensors["out.y0"], oracle.linear(spec, tensors, chosen)["out.y0"]) <= limit
+    assert rms_ratio(tensors["out.y0"], oracle.linear(spec, tensors)["out.y0"]) <= limit
 
 
 @pytest.mark.parametrize("rows", [1, 5, 70])

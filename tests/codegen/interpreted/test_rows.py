@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dscompile.runtime.plan import Embed, Norm, RowNorm
+from dscompile.codegen.jit import JitRunner
+from dscompile.codegen.row_kernels import KEPT_COLUMNS, KEPT_ROWS
+from dscompile.codegen.select import programs_for
+from dscompile.runtime.plan import Embed, KeepRows, Norm, RowNorm
 from tests.codegen import oracle
-from tests.codegen.interpreted.harness import TOLERANCE, run, slice_of
+from tests.codegen.interpreted.harness import TOLERANCE, context, operands, run, slice_of
 from tests.helpers import rms_ratio
 
 D, V, ROWS = 77, 50, 5
@@ -60,3 +63,22 @@ def test_row_norm(norm: str, add: bool, groups: int) -> None:
     v = (t["in.x"] + (t["in.add"] if add else 0)).reshape(ROWS, groups, -1)
     expected = oracle.norm(spec.norm, v, t.get("w.norm_weight"), t.get("w.norm_bias")).flatten(1)
     assert rms_ratio(tensors["out.y"], expected) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("kept", [1, 30, KEPT_ROWS + 1, 2 * KEPT_ROWS + 5])
+def test_keep_rows(kept: int) -> None:
+    """Rows move in place, through more than one turn of a program; those at the front lie where others are moved to."""
+    torch.manual_seed(0)
+    rows, generator = 2 * KEPT_ROWS + 11, torch.Generator().manual_seed(kept)
+    tensors = {
+        "in.x0": slice_of(rows, KEPT_COLUMNS + 9, torch.float16),
+        "in.x1": slice_of(rows, D, torch.float16),
+    }
+    chosen = torch.randperm(rows, generator=generator)[:kept].sort().values
+    expected = {role: x[chosen].clone() for role, x in tensors.items()}
+    program, requests = programs_for(KeepRows(), operands(tensors), context())
+    values = tensors | {"step.logit_rows": chosen.int(), "R": kept}
+    JitRunner(requests).run(program.cases[0], values.__getitem__, {"T": rows, "B": 1, "R": kept})
+    for role, x in tensors.items():
+        assert torch.equal(x[:kept], expected[role])
+        assert x._base[:, :8].isnan().all() and x._base[:, -16:].isnan().all()
