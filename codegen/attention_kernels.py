@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dscompile.codegen.attention_structure import (
@@ -17,14 +18,15 @@ from dscompile.codegen.attention_structure import (
 from dscompile.codegen.emit import KernelRequest, kernel_request
 from dscompile.codegen.operands import Arguments, KernelContext, Operands, ceil_div, next_power_of_2
 from dscompile.codegen.prefill_kernels import prefill_launch, prefill_ranges
+from dscompile.codegen.single_kernels import single_case, single_configs, single_sizes
 from dscompile.codegen.tuned_table import num_sms
 from dscompile.runtime.plan import Attention, Case, Extent, Launch, Program, Scratch
 
 # Ranges of sequences with a number of splits each.
 DECODE_RANGES = ((1, 1), (2, 4), (5, 8), (9, 16), (17, 32), (33, 64), (65, 0))
 MAX_SPLITS = 32
-# The longest limit for which one sequence is attended to in the widest steps. On an H200 a layer of Llama-3-8B takes
-# 3.3 us less of 192 tokens with them and 12 us more of 32,000.
+# The longest limit for which one sequence's keys are not read ahead of a step. On an H200 a layer of Llama-3-8B takes
+# 1.6 us less of 1,000 tokens without, and 3.6 us more of 32,000.
 SHORT_CONTEXTS = 8192
 
 
@@ -36,18 +38,23 @@ def attention_program(
     requests: list[KernelRequest] = []
     cases: list[Case] = []
     sizes = {"parts": 0, "moments": 0, "arrivals": 0}
-    for low, high in DECODE_RANGES:
-        config = decode_config(spec, operands, context, low, high or context.max_batch)
+    for single in single_configs(spec, operands, context):
+        case, request = single_case(spec, operands, context, single)
+        cases.append(case)
+        requests.append(request)
+        _enlarge(sizes, single_sizes(spec, single))
+    for low, high, bound, config in _decode_configs(spec, operands, context):
         splits = config.splits
         request, arguments = decode_request(spec, operands, context, config)
         requests.append(request)
         grid = (Extent(1, "B"), Extent(spec.num_kv_heads), Extent(splits))
-        cases.append(Case(low, high, (Launch("kernel", request.name, arguments.args, grid),), decode=True))
+        attend = Launch("kernel", request.name, arguments.args, grid)
+        cases.append(Case(low, high, (attend,), decode=True, max_context=bound))
         if splits > 1:
             tasks = (high or context.max_batch) * spec.num_kv_heads
             parts = tasks * splits * (spec.num_heads // spec.num_kv_heads)
             needed = {"parts": 4 * parts * spec.v_head_dim, "moments": 8 * parts, "arrivals": 4 * tasks}
-            sizes = {name: max(size, sizes[name]) for name, size in needed.items()}
+            _enlarge(sizes, needed)
     before: list[Launch] = []
     if spec.appends:
         append, fill = _append_launch(spec, operands, context)
@@ -61,14 +68,55 @@ def attention_program(
     return Program(tuple(cases), scratch), tuple(requests)
 
 
+def _enlarge(sizes: dict[str, int], needed: dict[str, int]) -> None:
+    sizes |= {name: max(size, sizes[name]) for name, size in needed.items()}
+
+
 @dataclass(frozen=True)
 class DecodeConfig:
-    """attention_decode: parts a sequence's keys may be cut into, keys of a step, pipeline depth."""
+    """attention_decode: parts a sequence's keys may be cut into, keys of a step, pipeline depth.
+
+    alone: programs have a multiprocessor each, for which the next kernel's would have no room
+    """
 
     splits: int
     keys: int
     stages: int = 3
     num_warps: int = 4
+    alone: bool = False
+
+
+def _decode_configs(
+    spec: Attention, operands: Operands, context: KernelContext
+) -> Iterator[tuple[int, int, int, DecodeConfig]]:
+    """Ranges of sequences, the longest context of a configuration (0: no bound), and the configuration."""
+    for low, high in DECODE_RANGES:
+        short = short_config(spec, operands, context, high)
+        if short:
+            # Its parts have a step each. The new key is at hand.
+            yield low, high, short.splits * short.keys + 1, short
+        yield low, high, 0, decode_config(spec, operands, context, low, high or context.max_batch)
+
+
+def short_config(spec: Attention, operands: Operands, context: KernelContext, high: int) -> DecodeConfig | None:
+    """The configuration for short contexts of up to `high` sequences, or None where that for all contexts serves.
+
+    Measured on an H200: of 8 sequences of 192 tokens a layer of Llama-3-8B takes 4 us less with it, and of 64 tokens
+    one of BLOOM-7B1 0.9 us.
+    """
+    tasks, columns = spec.num_kv_heads * high, max(spec.head_dim, spec.v_head_dim)
+    if high <= 1 or columns > 128 or context.kv_groups[spec.group].dtype == "int8":
+        return None
+    if multiplies_in_registers(operands, context):
+        return None
+    sms, group = min(num_sms(t) for t in context.targets), spec.num_heads // spec.num_kv_heads
+    if 2 * tasks <= sms and group <= 16:
+        short = DecodeConfig(2, 256, 1, 8)
+    elif group == 1 and tasks <= 2 * sms:
+        short = DecodeConfig(2, 64, 1, 4)
+    else:
+        return None
+    return short if _fits(short, columns, context) and short.splits * short.keys < context.max_seq_len else None
 
 
 def decode_config(spec: Attention, operands: Operands, context: KernelContext, low: int, high: int) -> DecodeConfig:
@@ -76,8 +124,7 @@ def decode_config(spec: Attention, operands: Operands, context: KernelContext, l
 
     A program spends most of its time waiting. Measured on an H200: where there are many tasks (a sequence's key-value
     head each), programs of one warp with few keys, of which a multiprocessor holds many; where there are few, long
-    steps of wide programs, the keys cut into parts that fill the GPU. Of one sequence all keys of a short context are
-    under way before the wait, in one part.
+    steps of wide programs, the keys cut into parts that fill the GPU.
     """
     sms = min(num_sms(t) for t in context.targets)
     tasks, columns = spec.num_kv_heads * high, max(spec.head_dim, spec.v_head_dim)
@@ -87,30 +134,28 @@ def decode_config(spec: Attention, operands: Operands, context: KernelContext, l
         return DecodeConfig(splits, keys_of_a_step(spec, operands, context))
     if context.kv_groups[spec.group].dtype == "int8":
         return _int8_decode_config(splits, tasks, columns, high)
-    if high == 1 and (one := _one_sequence_config(spec, splits, columns, context)):
-        return one
+    if high == 1:
+        return _one_sequence_config(spec, splits, columns, context)
     if tasks >= 512:
         return DecodeConfig(max(1, min(1024 // tasks, longest)), 16 if columns > 64 else 32, 2, 1)
     if columns > 128 or 64 <= tasks < 256:
         return DecodeConfig(splits, 64 if columns <= 256 else 32, 1)
     wide = DecodeConfig(splits, 128, 2, 8 if tasks >= 256 else 4)
-    fits = 2 * wide.keys * wide.stages * 2 * next_power_of_2(columns) <= 0.9 * context.shared_budget
-    return wide if fits else DecodeConfig(splits, 64, 2)
+    return wide if _fits(wide, columns, context) else DecodeConfig(splits, 64, 2)
 
 
-def _one_sequence_config(spec: Attention, splits: int, columns: int, context: KernelContext) -> DecodeConfig | None:
-    """Steps that hold a short context whole, where they pay: of longer ones they take more time than narrow steps."""
-    if 128 < columns <= 256:
-        return DecodeConfig(splits, 32, 1, 8)
-    keys, longest = 256, spec.window or context.max_seq_len
-    group = spec.num_heads // spec.num_kv_heads
-    fits = 2 * keys * next_power_of_2(columns) <= 0.7 * context.shared_budget
-    if longest > SHORT_CONTEXTS or group > 16 or columns > 128 or not fits:
-        return None
-    # A program of so many registers has a multiprocessor to itself.
-    sms = min(num_sms(t) for t in context.targets)
-    splits = min(sms // spec.num_kv_heads, MAX_SPLITS, ceil_div(longest, keys))
-    return DecodeConfig(max(1, splits), keys, 1, 8)
+def _one_sequence_config(spec: Attention, splits: int, columns: int, context: KernelContext) -> DecodeConfig:
+    if columns > 256:
+        return DecodeConfig(splits, 32, 1, alone=True)
+    if columns > 128:
+        return DecodeConfig(splits, 32, 1, 8, alone=True)
+    stages = 1 if (spec.window or context.max_seq_len) <= SHORT_CONTEXTS else 2
+    wide = DecodeConfig(splits, 128, stages, alone=True)
+    return wide if _fits(wide, columns, context) else DecodeConfig(splits, 64, stages, alone=True)
+
+
+def _fits(config: DecodeConfig, columns: int, context: KernelContext) -> bool:
+    return 2 * config.keys * config.stages * 2 * next_power_of_2(columns) <= 0.9 * context.shared_budget
 
 
 def _int8_decode_config(splits: int, tasks: int, columns: int, high: int) -> DecodeConfig:
@@ -149,9 +194,12 @@ def decode_request(
     numbers["STAGES"] = config.stages
     if splits > 1:
         padded, most = next_power_of_2(group), next_power_of_2(splits)
-        each = 1024 * config.num_warps // (padded * int(numbers["DVP"]))
+        # Of one sequence a program has the registers of a multiprocessor, and nothing else to do.
+        values = (4096 if config.alone else 1024) * config.num_warps
+        each = values // (padded * int(numbers["DVP"]))
         numbers |= {"GM": padded, "SPLITS_P": most, "EACH": max(1, min(most, each))}
     structure = structure_of(spec, operands) | {"use_dot": use_dot, "one_page": context.page_size % keys == 0}
+    structure |= {"alone": True} if config.alone else {}
     request = kernel_request(
         "attention_decode",
         numbers,

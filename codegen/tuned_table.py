@@ -15,6 +15,7 @@ from dscompile.runtime.plan import Linear
 TUNED = Path(__file__).parent / "tuned"
 WIDEST_TILE = 128
 BULK_TOKENS = 2048
+STAGED_SUMS = 8192  # bytes of a tile of sums on its way from tensor cores to rows
 RING_COLUMNS = 64  # 128 bytes, what tensor cores read from shared memory without conflicts
 # Columns of a step by what the tensor cores multiply, which for int8 takes at least 32.
 HALF_COLUMNS = (256, 128, 64, 32, 16)
@@ -172,19 +173,21 @@ def ring_rule(spec: Linear, tokens: int, context: KernelContext) -> RingConfig:
     """The configuration for tiles of a shape that is in no table.
 
     Each program takes half of a multiprocessor's shared memory, so that the next kernel's weights are under way while
-    this one ends; where tiles of 64 weight rows are too few, programs share their columns: as many as run at once, and
-    half as many again for few tokens, whose parts are small. Blocks of 256 bytes, as each turn of the ring waits for
-    the tensor cores once.
+    this one ends. Where tiles of 64 weight rows are too few, programs share their columns, as many as run at once; of
+    few tokens one a multiprocessor, with all of its memory: measured on an H200, that beats more programs of less.
+    Blocks of 256 bytes, as each turn of the ring waits for the tensor cores once.
     """
     sms = min(num_sms(t) for t in context.targets)
     block_t = min(WIDEST_TILE, max(8, next_power_of_2(tokens)))
     block_n = 128 if block_t >= 64 and spec.out_features >= 128 * 1.5 * sms else 64
     block_k = RING_COLUMNS * (2 if block_t < 64 else 1)
     tiles = ceil_div(spec.out_features, block_n)
-    programs = (3 if block_t <= 16 else 2) * sms
+    alone = block_t <= 32 and tiles <= sms
+    programs = sms if alone else 2 * sms
     splits = max(1, min(programs // tiles, 4, spec.in_features // (4 * block_k)))
     stage_bytes = 2 * block_k * (block_n + block_t)
-    stages = min(6, context.shared_budget // 2 // stage_bytes)
+    room = context.shared_budget - STAGED_SUMS if alone else context.shared_budget // 2
+    stages = min(12 if alone else 6, room // stage_bytes)
     return RingConfig(block_n, block_t, block_k, 4 if block_n == 64 else 8, max(2, stages), splits)
 
 

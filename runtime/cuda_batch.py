@@ -91,6 +91,11 @@ def is_decode(batch: Batch) -> bool:
     return all(row.num_tokens == 1 and row.num_logits == 1 and row.sample for row in batch.rows)
 
 
+def longest_context(batch: Batch) -> int:
+    """Tokens of the longest sequence behind the step."""
+    return max((row.start + row.num_tokens for row in batch.rows), default=0)
+
+
 def continues(batch: Batch, last: Batch | None) -> bool:
     """Whether `batch` is the decode step `last` one token later, so that the device's state is already right."""
     if last is None or len(batch.rows) != len(last.rows):

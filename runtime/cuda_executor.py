@@ -15,6 +15,7 @@ from dscompile.runtime.cuda_batch import (
     Seats,
     continues,
     is_decode,
+    longest_context,
     stage_decode,
     stage_new_blocks,
     stage_ragged,
@@ -26,7 +27,7 @@ from dscompile.runtime.cuda_program import BoundPlan
 from dscompile.runtime.cuda_state import DeviceState, Staging
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.executor import Batch, StepResult, max_logit_rows
-from dscompile.runtime.kernels import KernelTable, Sizes
+from dscompile.runtime.kernels import KernelTable, Sizes, context_bounds
 from dscompile.runtime.kv_cache import KVPool, size_pools
 from dscompile.runtime.plan import Plan, Sample
 
@@ -82,11 +83,17 @@ class CudaPending:
 
 @dataclass(frozen=True)
 class Running:
-    """The decode step launched last, which the next one may continue."""
+    """The decode step launched last, which the next one may continue while no context is longer than `bound` (0: none
+    is too long)."""
 
     batch: Batch
     seats: np.ndarray
     replay: Callable[[], None]
+    bound: int
+
+    def serves(self, batch: Batch) -> bool:
+        """Whether a replay is the step of `batch`."""
+        return continues(batch, self.batch) and not (self.bound and longest_context(batch) > self.bound)
 
 
 class CudaExecutor:
@@ -115,7 +122,7 @@ class CudaExecutor:
             self._allocate(max_kv_tokens)
         self._bound = BoundPlan(plan, weights, table, self._arenas, self._scratch, self._state, self._pools)
         self._seats = Seats(plan)
-        self._graphs: dict[tuple[int, bool], Callable[[], None]] = {}
+        self._graphs: dict[tuple[int, bool, int], Callable[[], None]] = {}
         self._graph_sizes = graph_sizes(plan.max_batch)
         self._last: Running | None = None
         self._slots = [self._make_slot() for _ in range(self.max_in_flight + 1)]
@@ -147,28 +154,30 @@ class CudaExecutor:
         slot.event.synchronize()
         with self._gpu.active():
             for size in self._graph_sizes:
-                for plain in (True, False):
-                    self._graph(size, plain, slot)
+                for bound in (*context_bounds(self.plan.programs.values(), size), 0):
+                    for plain in (True, False):
+                        self._graph(size, plain, bound, slot)
         self._last = None  # the state on the device is now that of padding
 
     def _decode(self, batch: Batch, slot: Slot) -> np.ndarray:
         last, stream = self._last, self._gpu.stream
-        if last is not None and continues(batch, last.batch):
-            seats, replay = last.seats, last.replay
+        if last is not None and last.serves(batch):
+            seats, replay, bound = last.seats, last.replay, last.bound
             if stage_new_blocks(slot.staging, batch, seats, self._seats, self.plan.page_size):
                 self._state.upload_field(slot.staging, "new_blocks", stream)
         else:
             size = self._graph_size(len(batch.rows))
-            replay = self._graph(size, all(row.sequence.params.plain for row in batch.rows), slot)
+            bound = self._context_bound(batch, size)
+            replay = self._graph(size, all(row.sequence.params.plain for row in batch.rows), bound, slot)
             seats = self._seats.seat(batch.rows)
             stage_decode(slot.staging, batch, size, seats, self._seats)
             self._upload(batch, seats, slot)
         replay()
-        self._last = Running(batch, seats, replay)
+        self._last = Running(batch, seats, replay, bound)
         return seats
 
     def watch_replays(self) -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
-        """Put the replays of the decode step under way between two timing events each, until its batch changes.
+        """Put the replays of the decode step under way between two timing events each, until its graph changes.
 
         returns: the list in which they gather; empty for ever where no decode step is under way
         """
@@ -213,30 +222,40 @@ class CudaExecutor:
                 stage_seen(slot.staging, row, seat)
                 self._state.upload_seen(slot.staging, int(seat), stream)
 
-    def _graph(self, size: int, plain: bool, slot: Slot) -> Callable[[], None]:
-        """The captured decode step of `size` rows. It is run once on padding alone before it is captured, which leaves
-        no trace in the cache or the sampled tokens, so that libraries have set themselves up."""
-        if (size, plain) not in self._graphs:
+    def _context_bound(self, batch: Batch, size: int) -> int:
+        """The least bound on which launches depend that no context of the batch exceeds, 0 where there is none."""
+        bounds = context_bounds(self.plan.programs.values(), size)
+        longest = longest_context(batch) if bounds else 0
+        return next((bound for bound in bounds if longest <= bound), 0)
+
+    def _graph(self, size: int, plain: bool, bound: int, slot: Slot) -> Callable[[], None]:
+        """The captured decode step of `size` rows with contexts up to `bound` (0: any).
+
+        It is run once on padding alone before it is captured, which leaves no trace in the cache or the sampled tokens,
+        so that libraries have set themselves up.
+        """
+        if (size, plain, bound) not in self._graphs:
             stage_decode(slot.staging, Batch(()), size, np.zeros(0, np.int32), self._seats)
             self._state.upload(slot.staging, 0, 0, self._gpu.stream)
             self._gpu.synchronize()
             parts = [self._bound.sized(size, name) for name in ("step.advance", None, _sampler(plain))]
-            sizes = Sizes(size, size, size, self._state.layout.blocks)
+            sizes = Sizes(size, size, size, self._state.layout.blocks, bound)
 
             def run() -> None:
                 for part in parts:
                     part.launch(sizes, True, self._gpu.stream)
 
             run()
-            self._graphs[size, plain] = self._gpu.capture(run)
+            self._graphs[size, plain, bound] = self._gpu.capture(run)
             self.counters["graphs"] += 1
-        return self._graphs[size, plain]
+        return self._graphs[size, plain, bound]
 
     def capture_steps(self, size: int, names: Collection[str]) -> Callable[[], None]:
         """Some of the plan's steps as a graph of `size` rows, to be timed alone after a decode step of as many, whose
         state it reads. It leaves the executor as it is; what it computes means nothing."""
         part = self._bound.sized(size, only=names)
-        sizes = Sizes(size, size, size, self._state.layout.blocks)
+        bound = self._last.bound if self._last is not None else 0
+        sizes = Sizes(size, size, size, self._state.layout.blocks, bound)
         with self._gpu.active():
             part.launch(sizes, True, self._gpu.stream)
             self._gpu.synchronize()

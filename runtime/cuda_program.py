@@ -34,7 +34,7 @@ class BoundStep:
         count = sizes.R if self._by_head else sizes.T
         if not count:
             return
-        case = choose_case(self._program, count, decode)
+        case = choose_case(self._program, count, decode, sizes.context)
         if case is None:
             raise UserError(f"the plan has no launch for step {self._step.name} at {count} rows; compile it again")
         if id(case) not in self._cases:

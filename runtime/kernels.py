@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,16 @@ SIZES = ("T", "B", "R")
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of one step. T: tokens, B: sequences, R: rows of logits, blocks: row stride of the block tables."""
+    """The sizes of one step. T: tokens, B: sequences, R: rows of logits, blocks: row stride of the block tables.
+
+    context: tokens that no sequence has more of, this step's included; 0 where that is not known.
+    """
 
     T: int
     B: int
     R: int
     blocks: int
+    context: int = 0
 
     def rows(self, symbol: str) -> int:
         return 1 if symbol == "1" else getattr(self, symbol)
@@ -58,13 +62,23 @@ def device_target(kernels: Mapping[str, Kernel], device: torch.device) -> str:
     return choose_target(kernels, (properties.major, properties.minor), shared, properties.name)
 
 
-def choose_case(program: Program, count: int, decode: bool) -> Case | None:
-    """The first case that fits a count of rows, or None."""
+def choose_case(program: Program, count: int, decode: bool, context: int = 0) -> Case | None:
+    """The first case that fits a count of rows and the context of `Sizes`, or None."""
     for case in program.cases:
-        fits = case.min_tokens <= count and (not case.max_tokens or count <= case.max_tokens)
-        if fits and (case.decode is None or case.decode == decode):
+        fits = not case.max_context or 0 < context <= case.max_context
+        if fits and _fits_count(case, count, decode):
             return case
     return None
+
+
+def context_bounds(programs: Iterable[Program], count: int) -> list[int]:
+    """The bounds of context, ascending, on which launches of a decode step with `count` rows depend."""
+    return sorted({c.max_context for p in programs for c in p.cases if c.max_context and _fits_count(c, count, True)})
+
+
+def _fits_count(case: Case, count: int, decode: bool) -> bool:
+    fits = case.min_tokens <= count and (not case.max_tokens or count <= case.max_tokens)
+    return fits and (case.decode is None or case.decode == decode)
 
 
 def grid_of(extents: tuple[Extent, ...], sizes: Sizes) -> tuple[int, int, int]:

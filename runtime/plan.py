@@ -353,12 +353,17 @@ class Launch:
 
 @dataclass(frozen=True)
 class Case:
-    """Launches for min_tokens <= T <= max_tokens (0: no bound). decode: every sequence of the step has one token."""
+    """Launches for min_tokens <= T <= max_tokens (0: no bound).
+
+    decode: every sequence of the step has one token.
+    max_context: no sequence has more tokens, this step's included (0: no bound).
+    """
 
     min_tokens: int
     max_tokens: int
     launches: tuple[Launch, ...]
     decode: bool | None = None
+    max_context: int = 0
 
 
 @dataclass(frozen=True)
@@ -373,7 +378,7 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Program:
-    """The launches of a step, by token count; the first case that fits is taken.
+    """The launches of a step, by its sizes; the first case that fits is taken.
 
     The cases of a linear with rows "R" count rows of logits instead of tokens.
     """

@@ -32,7 +32,7 @@ def bytes_by_kernel(plan: Plan, batch: int, context: int) -> dict[str, float]:
     """The same by name of kernel, for those of the artifact that read weights or the cache."""
     read: dict[str, float] = defaultdict(float)
     for step in plan.steps:
-        case = choose_case(plan.programs[step.program], batch, decode=True) if step.program else None
+        case = choose_case(plan.programs[step.program], batch, True, context) if step.program else None
         for launch in (launch for launch in case.launches if launch.kind == "kernel") if case else ():
             roles = [arg.removeprefix("w.") for arg in launch.args if arg.startswith("w.")]
             read[launch.target] += sum(_weight_bytes(plan, step, role, batch) for role in roles)

@@ -11,6 +11,7 @@ import torch
 from dscompile.runtime import load
 from dscompile.runtime.cuda_executor import graph_sizes
 from dscompile.runtime.engine import Engine
+from dscompile.runtime.kernels import context_bounds
 from tests.helpers import rms_ratio
 
 pytestmark = pytest.mark.gpu
@@ -66,6 +67,27 @@ def test_greedy_decode(engines, summary):
         on_cpu = [cpu.generate([p], max_new_tokens=count, ignore_eos=True)[0].tokens for p in prompts]
         same = [r.tokens == tokens for r, tokens in zip(results, on_cpu, strict=True)]
         summary(f"{name}: {sum(same)} of {len(same)} greedy continuations of {count} tokens identical to the CPU's")
+
+
+def test_a_sequence_that_outgrows_a_kernel(engines, summary):
+    """From one graph of its contexts to the next, alone and with others."""
+    crossed = 0
+    for gpu, cpu in engines.values():
+        for size, seed in ((1, 4), (3, 5)):
+            for bound in context_bounds(gpu.plan.programs.values(), size):
+                if bound + 20 > gpu.plan.max_seq_len:
+                    continue
+                generator = torch.Generator().manual_seed(seed)
+                prompts = torch.randint(gpu.plan.vocab_size, (size, bound - 4), generator=generator).tolist()
+                results = gpu.generate(prompts, max_new_tokens=16, ignore_eos=True, logprobs=True)
+                for prompt, result in zip(prompts, results, strict=True):
+                    assert_greedy(cpu, prompt, result.tokens)
+                    logits = cpu.logits([prompt + result.tokens])[0][len(prompt) - 1 : -1]
+                    wanted = logits.double().log_softmax(-1)[range(16), result.tokens]
+                    assert rms_ratio(torch.tensor(result.logprobs), wanted) <= 2e-2
+                crossed += 1
+    summary(f"{crossed} bounds of contexts crossed")
+    assert crossed
 
 
 def test_requests_join_and_leave(engines):

@@ -11,7 +11,7 @@ import torch
 
 from dscompile.runtime.driver import LAUNCH_PROGRAMMATIC_DEPENDENCY, Function, PreparedLaunch, argument_bits
 from dscompile.runtime.errors import UserError
-from dscompile.runtime.kernels import Bindings, KernelTable, Sizes, choose_case, choose_target, grid_of
+from dscompile.runtime.kernels import Bindings, KernelTable, Sizes, choose_case, choose_target, context_bounds, grid_of
 from dscompile.runtime.plan import Case, Cubin, Extent, Kernel, Launch, Program
 from dscompile.runtime.products import PRODUCTS
 from tests.codegen.oracle import ACTIVATIONS
@@ -99,6 +99,23 @@ def test_cases_by_count_and_by_decode():
     assert found[1, False].launches == found[2, True].launches == found[16, False].launches == launches[1]
     assert found[17, False].launches == found[5000, False].launches == launches[2]
     assert found[17, True] is None
+
+
+def test_cases_by_context():
+    """One that is bound serves contexts up to its bound, and none of which nothing is known."""
+    launches = [(Launch("kernel", str(i), ()),) for i in range(3)]
+    program = Program(
+        (
+            Case(1, 1, launches[0], decode=True, max_context=257),
+            Case(1, 1, launches[1], decode=True, max_context=513),
+            Case(1, 0, launches[2]),
+        )
+    )
+    contexts = {1: 0, 257: 0, 258: 1, 513: 1, 514: 2, 0: 2}
+    assert {n: launches.index(choose_case(program, 1, True, n).launches) for n in contexts} == contexts
+    assert choose_case(program, 2, True, 5).launches == choose_case(program, 1, False, 5).launches == launches[2]
+    assert context_bounds([program, program], 1) == [257, 513]
+    assert context_bounds([program], 2) == []
 
 
 def test_grids():

@@ -9,7 +9,8 @@ import torch
 from dscompile.codegen.jit import JitRunner
 from dscompile.codegen.operands import KernelContext, Operand
 from dscompile.codegen.select import programs_for
-from dscompile.runtime.plan import Case, KVGroup, Program
+from dscompile.runtime.kernels import choose_case
+from dscompile.runtime.plan import KVGroup
 
 NAMES = {
     torch.float16: "float16",
@@ -37,14 +38,6 @@ def operands(tensors: dict[str, torch.Tensor]) -> dict[str, Operand]:
     }
 
 
-def case_for(program: Program, count: int, decode: bool) -> Case:
-    for case in program.cases:
-        fits = case.min_tokens <= count and (not case.max_tokens or count <= case.max_tokens)
-        if fits and case.decode in (None, decode):
-            return case
-    raise AssertionError(f"no case for {count} rows")
-
-
 def slice_of(rows: int, cols: int, dtype: torch.dtype, fill: float | None = None) -> torch.Tensor:
     """A [rows, cols] range of columns of a wider matrix, random or filled; a kernel must not touch the rest."""
     wide = torch.full((rows, cols + 24), float("nan"), dtype=dtype)
@@ -54,15 +47,18 @@ def slice_of(rows: int, cols: int, dtype: torch.dtype, fill: float | None = None
 
 def run(
     spec: Any, tensors: dict[str, torch.Tensor], step: dict[str, torch.Tensor], sizes: dict[str, int], **how: Any
-) -> None:
+) -> list[str]:
     """Run the case of the spec's program that fits `sizes`; outputs in `tensors` are written in place, twice.
 
     The second run proves that counters in scratch memory are left as they were found.
-    how: decode, count (rows that choose the case, T by default), context, extra (further arguments by name)
+    how: decode, count (rows that choose the case, T by default), longest (tokens of the longest sequence), context,
+         extra (further arguments by name)
+    returns: the names of what it launched
     """
     surroundings = how.get("context") or context()
     program, requests = programs_for(spec, operands(tensors), surroundings)
-    case = case_for(program, how.get("count", sizes["T"]), how.get("decode", False))
+    case = choose_case(program, how.get("count", sizes["T"]), how.get("decode", False), how.get("longest", 0))
+    assert case is not None
     runner = JitRunner(requests, tensors["in.x"].device.type if "in.x" in tensors else "cpu")
     scratch = runner.scratch(program, sizes)
 
@@ -81,3 +77,4 @@ def run(
             if role.startswith("out."):
                 tensor.fill_(float("nan"))
         runner.run(case, bind, sizes)
+    return [launch.target for launch in case.launches]

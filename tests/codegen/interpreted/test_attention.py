@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dscompile.codegen import attention_kernels
 from dscompile.codegen.attention_kernels import DecodeConfig
+from dscompile.codegen.select import programs_for
+from dscompile.codegen.single_kernels import SingleConfig
+from dscompile.runtime.kernels import choose_case, context_bounds
 from dscompile.runtime.plan import Attention, KVGroup, Norm
 from tests.codegen import oracle
-from tests.codegen.interpreted.harness import TOLERANCE, context, run, slice_of
+from tests.codegen.interpreted import gluon
+from tests.codegen.interpreted.harness import TOLERANCE, context, operands, run, slice_of
 from tests.helpers import rms_ratio
+
+gluon.install()
 
 LAYERS, LAYER = 3, 1
 
@@ -72,7 +79,7 @@ DECODE = ((1, 1), (70, 1), (17, 1), (33, 1), (150, 1))
 def weights(spec: Attention) -> dict[str, torch.Tensor]:
     t: dict[str, torch.Tensor] = {}
     if spec.rotary_dim:
-        angle = torch.arange(512)[:, None] * 10000.0 ** -(torch.arange(spec.rotary_dim // 2) / 8)
+        angle = torch.arange(1024)[:, None] * 10000.0 ** -(torch.arange(spec.rotary_dim // 2) / 8)
         t |= {"w.rope_cos": angle.cos(), "w.rope_sin": angle.sin()}
     if spec.alibi:
         t["w.alibi_slopes"] = torch.rand(spec.num_heads)
@@ -156,7 +163,8 @@ def check(
     decode: bool,
     pad: int = 0,
     kv_dtype: torch.dtype | None = None,
-) -> None:
+) -> list[str]:
+    """Returns the names of the kernels that ran."""
     torch.manual_seed(0)
     count = sum(new for _, new in sequences) + pad
     sizes = {"q": spec.num_heads * spec.head_dim, "k": spec.num_kv_heads * spec.head_dim}
@@ -216,12 +224,13 @@ def check(
     }
     name = str(kv_dtype).removeprefix("torch.")
     group = KVGroup(LAYERS, spec.num_kv_heads, spec.head_dim, spec.v_head_dim, name, spec.window, spec.chunk)
-    run(
+    names = run(
         spec,
         tensors,
         step,
         {"T": count, "B": len(sequences) + pad, "blocks": cache.tables.shape[1]},
         decode=decode,
+        longest=max(length for length, _ in sequences),
         context=context(page_size=page, groups=(group,)),
         extra={"kv": cache.kernel_argument()},
     )
@@ -234,6 +243,7 @@ def check(
     others = cache.pool[:, [0, 2]]
     untouched = others == 0x7F if kv_dtype == torch.int8 else others.isnan()
     assert untouched.all(), "another layer was written"
+    return names
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -259,6 +269,52 @@ def test_int8_cache(name: str, dtype: torch.dtype, decode: bool) -> None:
 def test_large_pages(name: str, decode: bool) -> None:
     check(SPECS[name], DECODE if decode else RAGGED, torch.float16, 64, decode)
     check(SPECS[name], DECODE if decode else RAGGED, torch.float16, 64, decode, kv_dtype=torch.int8)
+
+
+# A query head a program, in Gluon.
+SINGLE = ("gqa", "mha", "alibi", "mqa", "window", "chunk", "softcap_sinks", "head_norms", "own_norms", "narrow_values")
+
+
+@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("config", [SingleConfig(1, 1, 4), SingleConfig(1, 2, 4), SingleConfig(2, 3, 8)], ids=str)
+def test_one_sequence_by_query_heads(name: str, config: SingleConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key but the new one, less than a part, a whole one, one more, and as many as the parts hold."""
+    monkeypatch.setattr(attention_kernels, "single_configs", lambda *_: [config])
+    most = 256 * config.splits + 1
+    for length in (1, 33, 257, 258, most):
+        if length <= most:
+            (kernel,) = check(SPECS[name], ((length, 1),), torch.float16, 16, decode=True)
+            assert kernel.startswith("attention_single")
+
+
+def test_the_kernel_of_short_contexts_is_another() -> None:
+    """One part of the keys, several, and more than those hold; heads of 256 in parts of their columns."""
+    few = {"grouped": [513], "wide": [], "many": [129]}
+    for name, spec in (
+        ("grouped", attention(32, 8, 128, rotary_dim=128)),
+        ("wide", attention(16, 16, 256, rotary_dim=64)),
+        ("many", attention(32, 32, 128, alibi=True)),
+    ):
+        group = KVGroup(LAYERS, spec.num_kv_heads, spec.head_dim, spec.v_head_dim, "float16")
+        tensors = {f"in.{x}": slice_of(1, 4096, torch.float16) for x in "qkv"} | weights(spec)
+        tensors["out.y"] = slice_of(1, 4096, torch.float16)
+        program, _ = programs_for(spec, operands(tensors), replace(context(groups=(group,)), max_seq_len=8192))
+        assert context_bounds([program], 1) == [257, 513]
+        found = [choose_case(program, 1, True, n).launches[0] for n in (1, 257, 258, 513, 514, 0)]
+        assert [launch.target.split("_")[1] for launch in found] == ["single"] * 4 + ["decode"] * 2
+        assert found[0] == found[1] != found[2] == found[3]
+        assert context_bounds([program], 8) == few[name] and not context_bounds([program], 64)
+        found = [choose_case(program, 8, True, n).launches[0] for n in (100, 10000)]
+        assert (found[0] == found[1]) == (not few[name])
+
+
+@pytest.mark.parametrize("name", ["gqa", "mha", "window"])
+@pytest.mark.parametrize("config", [DecodeConfig(2, 32, 1, 8), DecodeConfig(2, 16, 1, 4)], ids=str)
+def test_short_contexts_of_few_sequences(name: str, config: DecodeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key but the new one, as many as the parts hold, and those that the bound lets through."""
+    monkeypatch.setattr(attention_kernels, "short_config", lambda *_: config)
+    most = config.splits * config.keys + 1
+    check(SPECS[name], ((1, 1), (most, 1), (most - 1, 1), (config.keys + 1, 1)), torch.float16, 16, decode=True)
 
 
 def test_one_sequence_is_cut_into_parts() -> None:

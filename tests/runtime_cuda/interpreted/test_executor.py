@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dscompile.codegen import single_kernels
 from dscompile.codegen.memory import assign_offsets
 from dscompile.codegen.operands import KernelContext, Operand
 from dscompile.codegen.select import programs_for
@@ -16,11 +17,15 @@ from dscompile.runtime.cpu_executor import CpuExecutor
 from dscompile.runtime.cuda_executor import RESERVED_BYTES, CudaExecutor, graph_sizes
 from dscompile.runtime.engine import Engine
 from dscompile.runtime.errors import UserError
+from dscompile.runtime.kernels import context_bounds
 from dscompile.runtime.plan import Aten, Buffer, Plan, Ref, Sample, Step
 from dscompile.runtime.plan_check import check_plan
+from tests.codegen.interpreted import gluon
 from tests.helpers import rms_ratio
 from tests.runtime.models import Model, make_encoder, make_model
 from tests.runtime_cuda.simulated import TARGET, SimulatedDevice, write_kernels
+
+gluon.install()
 
 PROMPTS = [[5, 7, 9, 1, 2, 30, 4], [11], [3, 3, 8, 20, 36]]
 
@@ -28,7 +33,7 @@ PROMPTS = [[5, 7, 9, 1, 2, 30, 4], [11], [3, 3, 8, 20, 36]]
 def simulated(model: Model, artifact: Path, free: int = 1 << 30) -> tuple[Engine, SimulatedDevice]:
     plan = with_kernels(model.plan, artifact)
     device = SimulatedDevice(plan.kernels, artifact, free)
-    return Engine(CudaExecutor(plan, model.weights, artifact, device, max_kv_tokens=128)), device
+    return Engine(CudaExecutor(plan, model.weights, artifact, device, max_kv_tokens=256)), device
 
 
 def with_kernels(plan: Plan, artifact: Path) -> Plan:
@@ -111,6 +116,24 @@ def test_warming_up_captures_every_size_and_disturbs_nobody(llama, tmp_path):
         engine.step()
     assert engine.counters["graphs"] == captured
     assert [request.result().tokens for request in requests] == [result.tokens for result in expected]
+
+
+def test_a_sequence_that_outgrows_a_kernel_goes_on_with_the_next(tmp_path, monkeypatch):
+    """Attention of one part of the keys, of two, and of any number; a second request meets graphs that exist."""
+    monkeypatch.setattr(single_kernels, "KEYS", 16)
+    sizes = {"hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 16, "v_head_dim": 16, "rotary_dim": 16, "inner": 32}
+    model = make_model(**sizes, dtype="float16", max_seq_len=200)
+    engine, _ = simulated(model, tmp_path)
+    bounds = context_bounds(engine.executor.plan.programs.values(), 1)
+    assert bounds == [17, 129]
+    options = {"max_new_tokens": 8, "ignore_eos": True, "logprobs": True}
+    for length, graphs in ((11, 2), (124, 3), (13, 3)):
+        prompt = torch.randint(model.plan.vocab_size, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+        (expected,) = Engine(CpuExecutor(model.plan, model.weights, 256)).generate([prompt], **options)
+        (actual,) = engine.generate([prompt], **options)
+        assert actual.tokens == expected.tokens
+        assert rms_ratio(torch.tensor(actual.logprobs), torch.tensor(expected.logprobs)) < 2e-3
+        assert engine.counters["graphs"] == graphs
 
 
 def test_a_steady_decode_step_copies_only_its_tokens(llama, tmp_path):
