@@ -19,7 +19,7 @@ from benchmarks.models import MODELS
 from benchmarks.peers import load_random, measure
 from dscompile.runtime import load
 from dscompile.runtime.bench import prefill_ms
-from dscompile.runtime.plan import Linear, Plan
+from dscompile.runtime.plan import KeepRows, Linear, Plan
 
 WARM_UPS = 2
 
@@ -49,7 +49,8 @@ def main() -> None:
 
 @torch.no_grad()
 def library_ms(plan: Plan, tokens: int, repeat: int) -> float:
-    """Milliseconds that torch.mm takes for every linear of the model, `tokens` rows each and one for the head."""
+    """Milliseconds that torch.mm takes for every linear of the model, of `tokens` rows, behind the last attention
+    of one."""
     rows: dict[tuple, torch.Tensor] = {}
 
     def tensor(*key: Any) -> torch.Tensor:
@@ -60,11 +61,13 @@ def library_ms(plan: Plan, tokens: int, repeat: int) -> float:
         return rows[key]
 
     calls: list[Callable[[], torch.Tensor]] = []
+    count = tokens
     for step in plan.steps:
+        if isinstance(step.spec, KeepRows):
+            count = 1
         if isinstance(step.spec, Linear):
             name = step.weights["weight"]
             (n, k), dtype = plan.weights[name].shape, plan.weights[name].dtype
-            count = tokens if step.spec.rows == "T" else 1
             x, w, y = tensor(count, k, dtype, "x"), tensor(n, k, dtype, name), tensor(count, n, dtype, "y")
             calls.append(lambda x=x, w=w, y=y: torch.mm(x, w.t(), out=y))
     for call in calls:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from dscompile.codegen.attention_structure import (
@@ -43,7 +43,9 @@ def attention_program(
         cases.append(case)
         requests.append(request)
         _enlarge(sizes, single_sizes(spec, single))
-    for low, high, bound, config in _decode_configs(spec, operands, context):
+    # Whether one sequence is served, however long.
+    served = bool(cases) and not cases[-1].max_context
+    for low, high, bound, config in _decode_configs(spec, operands, context, DECODE_RANGES[served:]):
         splits = config.splits
         request, arguments = decode_request(spec, operands, context, config)
         requests.append(request)
@@ -76,7 +78,7 @@ def _enlarge(sizes: dict[str, int], needed: dict[str, int]) -> None:
 class DecodeConfig:
     """attention_decode: parts a sequence's keys may be cut into, keys of a step, pipeline depth.
 
-    alone: programs have a multiprocessor each, for which the next kernel's would have no room
+    alone: of one sequence, whose programs are few and wide: the next kernel's, if let in early, would be in their way
     """
 
     splits: int
@@ -87,10 +89,10 @@ class DecodeConfig:
 
 
 def _decode_configs(
-    spec: Attention, operands: Operands, context: KernelContext
+    spec: Attention, operands: Operands, context: KernelContext, ranges: Iterable[tuple[int, int]]
 ) -> Iterator[tuple[int, int, int, DecodeConfig]]:
     """Ranges of sequences, the longest context of a configuration (0: no bound), and the configuration."""
-    for low, high in DECODE_RANGES:
+    for low, high in ranges:
         short = short_config(spec, operands, context, high)
         if short:
             # Its parts have a step each. The new key is at hand.
@@ -101,11 +103,11 @@ def _decode_configs(
 def short_config(spec: Attention, operands: Operands, context: KernelContext, high: int) -> DecodeConfig | None:
     """The configuration for short contexts of up to `high` sequences, or None where that for all contexts serves.
 
-    Measured on an H200: of 8 sequences of 192 tokens a layer of Llama-3-8B takes 4 us less with it, and of 64 tokens
-    one of BLOOM-7B1 0.9 us.
+    Measured on an H200: of 8 sequences of 192 tokens a layer of Llama-3-8B takes 4 us less with it, and of 60 tokens
+    one of BLOOM-7B1 1.2 us.
     """
     tasks, columns = spec.num_kv_heads * high, max(spec.head_dim, spec.v_head_dim)
-    if high <= 1 or columns > 128 or context.kv_groups[spec.group].dtype == "int8":
+    if high <= 1 or columns > 128 or context.kv_groups[spec.group].dtype == "int8" or not spec.causal:
         return None
     if multiplies_in_registers(operands, context):
         return None
@@ -194,7 +196,7 @@ def decode_request(
     numbers["STAGES"] = config.stages
     if splits > 1:
         padded, most = next_power_of_2(group), next_power_of_2(splits)
-        # Of one sequence a program has the registers of a multiprocessor, and nothing else to do.
+        # Of one sequence a program may use all registers that a thread can have.
         values = (4096 if config.alone else 1024) * config.num_warps
         each = values // (padded * int(numbers["DVP"]))
         numbers |= {"GM": padded, "SPLITS_P": most, "EACH": max(1, min(most, each))}

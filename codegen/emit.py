@@ -30,6 +30,7 @@ TRITON_TYPE = {
     "int16": "i16",
     "int8": "i8",
     "uint8": "u8",
+    "bool": "i8",
 }
 
 DESCRIPTOR_BYTES = 128

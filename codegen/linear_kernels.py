@@ -58,7 +58,7 @@ class Draft:
 def linear_program(
     spec: Linear, operands: Operands, context: KernelContext
 ) -> tuple[Program, tuple[KernelRequest, ...]]:
-    """Choose the kernels of a linear for every range of its rows (T, or R where spec.rows == "R")."""
+    """Choose the kernels of a linear for every range of its rows."""
     draft = Draft()
     dtype = operands["in.x"].dtype
     cases = [Case(1, 1, (_row_launch(spec, operands, row_config(spec, dtype, context), draft),))]

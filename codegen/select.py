@@ -25,7 +25,7 @@ def programs_for(
 
     operands: an entry for every role of the spec: "in.ROLE" and "out.ROLE" (dtype, row stride in elements, whether
               the first column is 16-byte aligned, shape [0 or any, columns]) and "w.ROLE" (dtype, stride, shape)
-    Equal arguments give equal kernel names. Where spec.rows == "R", the cases of the program count R, not T.
+    Equal arguments give equal kernel names.
     Raises UserError where a target does not compute in the operands' dtype.
     """
     for target in context.targets:

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from dscompile.codegen.attention_structure import (
     bind_attention,
-    bind_norms,
     multiplies_in_registers,
-    norm_numbers,
     numbers_of,
     structure_of,
 )
@@ -18,7 +16,7 @@ from dscompile.codegen.operands import Arguments, KernelContext, Operands, ceil_
 from dscompile.codegen.tuned_table import num_sms
 from dscompile.runtime.plan import Attention, Case, Extent, Launch
 
-MAX_SPLITS = 8
+MAX_SPLITS = 2  # more have not been measured
 KEYS = 256  # of a part
 # Columns of values of a program, where there are as many programs: beside the keys, more do not fit the registers.
 COLUMNS = 64
@@ -57,7 +55,7 @@ def single_configs(spec: Attention, operands: Operands, context: KernelContext) 
         return []
     columns = next_power_of_2(spec.head_dim) + next_power_of_2(spec.v_head_dim) // parts
     num_warps = 8 if 2 * KEYS * columns <= TILE_BYTES else 16
-    most = min(sms // programs, MAX_SPLITS, ceil_div(longest_context(spec, context), KEYS))
+    most = min(sms // programs, MAX_SPLITS, ceil_div(context.max_seq_len - 1, KEYS))
     return [SingleConfig(parts, splits, num_warps) for splits in dict.fromkeys((1, max(1, most)))]
 
 
@@ -65,11 +63,6 @@ def _plain(spec: Attention) -> bool:
     """Whether all of earlier tokens count and scores are products: what the kernel has been measured with on a GPU."""
     shaped = spec.window or spec.chunk or spec.softcap or spec.sinks or spec.q_norm or spec.k_norm or spec.v_norm
     return spec.causal and spec.appends and spec.gate == "none" and not shaped
-
-
-def longest_context(spec: Attention, context: KernelContext) -> int:
-    """Keys of earlier steps that a token may see."""
-    return min(spec.window or context.max_seq_len, spec.chunk or context.max_seq_len, context.max_seq_len) - 1
 
 
 def single_case(
@@ -80,8 +73,8 @@ def single_case(
     grid = (Extent(1, "B"), Extent(spec.num_heads * config.column_parts), Extent(config.splits))
     launch = Launch("kernel", request.name, arguments.args, grid)
     keys = KEYS * config.splits
-    # Its parts have a step each. The new key is at hand.
-    bound = keys + 1 if keys < longest_context(spec, context) else 0
+    # The new key is at hand.
+    bound = keys + 1 if keys + 1 < context.max_seq_len else 0
     return Case(1, 1, (launch,), decode=True, max_context=bound), request
 
 
@@ -101,7 +94,6 @@ def single_request(
     """The kernel for a step of one sequence with one token, and its arguments."""
     arguments = Arguments(operands)
     arguments.bind("in.q", "in.k", "in.v")
-    bind_norms(arguments, spec, "qk")
     bind_attention(arguments, spec, context, "step.context_lens", "step.block_table", "step.slots")
     arguments.bind("out.y")
     if config.splits > 1:
@@ -109,7 +101,7 @@ def single_request(
         arguments.bind_memory("scratch.moments", "float32")
         arguments.bind_memory("scratch.arrivals", "int32")
     arguments.bind("blocks")
-    numbers = numbers_of(spec, operands, context) | norm_numbers(spec)
+    numbers = numbers_of(spec, operands, context)
     each = int(numbers.pop("DVP")) // config.column_parts
     numbers |= {"DVE": each, "COLUMN_PARTS": config.column_parts, "HEADS": spec.num_heads, "BN": KEYS}
     numbers |= {"SPLITS": config.splits, "WARPS": config.num_warps}

@@ -15,7 +15,7 @@ from dscompile.runtime.plan import Linear
 TUNED = Path(__file__).parent / "tuned"
 WIDEST_TILE = 128
 BULK_TOKENS = 2048
-STAGED_SUMS = 8192  # bytes of a tile of sums on its way from tensor cores to rows
+RESERVE = 8192  # bytes of shared memory left for what the compiler may add to a ring
 RING_COLUMNS = 64  # 128 bytes, what tensor cores read from shared memory without conflicts
 # Columns of a step by what the tensor cores multiply, which for int8 takes at least 32.
 HALF_COLUMNS = (256, 128, 64, 32, 16)
@@ -186,7 +186,7 @@ def ring_rule(spec: Linear, tokens: int, context: KernelContext) -> RingConfig:
     programs = sms if alone else 2 * sms
     splits = max(1, min(programs // tiles, 4, spec.in_features // (4 * block_k)))
     stage_bytes = 2 * block_k * (block_n + block_t)
-    room = context.shared_budget - STAGED_SUMS if alone else context.shared_budget // 2
+    room = context.shared_budget - RESERVE if alone else context.shared_budget // 2
     stages = min(12 if alone else 6, room // stage_bytes)
     return RingConfig(block_n, block_t, block_k, 4 if block_n == 64 else 8, max(2, stages), splits)
 

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from dscompile.codegen.memory import ITEM_SIZE
 from dscompile.compiler.report_names import activation_names
-from dscompile.passes.lower.lower import ITEM_SIZE, Lowered, RegionRecord
+from dscompile.passes.lower.lower import Lowered, RegionRecord
 from dscompile.passes.runner import PassRecord
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.plan import Aten, Attention, Plan, Program, Sample, Step
@@ -121,7 +122,7 @@ def _with_absorbed(record: RegionRecord, spec: Attention, dtype: str) -> RegionR
 
 
 def kernels_by_range(program: Program) -> dict[str, tuple[str, ...]]:
-    """Range of tokens -> launches. Where decode has cases of its own, the others are called "prefill"."""
+    """Range of tokens, and of contexts -> launches. Where decode has cases of its own, the others are "prefill"."""
     ranges: dict[str, tuple[str, ...]] = {}
     has_decode = any(case.decode for case in program.cases)
     for case in program.cases:
@@ -129,6 +130,8 @@ def kernels_by_range(program: Program) -> dict[str, tuple[str, ...]]:
         span = f"{low}+" if high == 0 else str(low) if low == high else f"{low}-{high}"
         if has_decode and not case.decode:
             span = "prefill" if (low, high) == (1, 0) else f"{span} prefill"
+        if case.max_context:
+            span += f", context to {case.max_context}"
         ranges[span] = tuple(launch.target for launch in case.launches)
     return ranges
 

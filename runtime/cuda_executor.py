@@ -149,7 +149,7 @@ class CudaExecutor:
         return CudaPending(batch, seats, slot, logits)
 
     def warm_up(self) -> None:
-        """Capture the decode step of every size now, which otherwise happens when a batch first has that size."""
+        """Capture the decode steps of every size and bound now, which otherwise happens when a batch first has one."""
         slot = self._slots[self.counters["steps"] % len(self._slots)]
         slot.event.synchronize()
         with self._gpu.active():

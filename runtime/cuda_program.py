@@ -15,7 +15,7 @@ from dscompile.runtime.errors import UserError
 from dscompile.runtime.executor import StepInputs
 from dscompile.runtime.kernels import Bindings, KernelTable, Sizes, choose_case
 from dscompile.runtime.kv_cache import KVPool
-from dscompile.runtime.plan import Aten, Attention, KeepRows, Linear, Plan, Ref, Sample, Step
+from dscompile.runtime.plan import Aten, Attention, KeepRows, Plan, Ref, Sample, Step
 
 
 class BoundStep:
@@ -25,13 +25,12 @@ class BoundStep:
         self._owner, self._step, self.name = owner, step, step.name
         self._layout = layout
         self.keeps_rows = isinstance(step.spec, KeepRows)
-        self._by_head = isinstance(step.spec, Linear) and step.spec.rows == "R"
         self._program = owner.plan.programs[step.program]
         self._cases: dict[int, list] = {}
         self._bindings = Bindings(self._address, self._tensor)
 
     def launch(self, sizes: Sizes, decode: bool, stream: int) -> None:
-        count = sizes.R if self._by_head else sizes.T
+        count = sizes.T
         if not count:
             return
         case = choose_case(self._program, count, decode, sizes.context)

@@ -15,7 +15,7 @@ FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
 
 # Raised when the meaning of an op changes, so that an older runtime refuses what it would get wrong.
-OP_REVISIONS = {"Embed": 1, "Linear": 1, "Attention": 1, "RowNorm": 1, "KeepRows": 1, "Aten": 1, "Sample": 1}
+OP_REVISIONS = {"Embed": 1, "Linear": 2, "Attention": 1, "RowNorm": 1, "KeepRows": 1, "Aten": 1, "Sample": 1}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Symbols. T: tokens in the step, summed over its sequences. B: sequences in the step. R: rows of logits asked for.
 Every activation is a matrix [T or R, cols], row-major; a `Ref` names a range of its columns.
 A `Step` says *what* is computed (its `spec`, executed on the CPU by `runtime.ops`) and a `Program` says *how* on a
-GPU: a list of launches for each range of T. Layers of one class share their programs.
+GPU: a list of launches for each range of T and, in decoding, of contexts. Layers of one class share their programs.
 """
 
 from __future__ import annotations
@@ -378,10 +378,7 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Program:
-    """The launches of a step, by its sizes; the first case that fits is taken.
-
-    The cases of a linear with rows "R" count rows of logits instead of tokens.
-    """
+    """The launches of a step, by its sizes; the first case that fits is taken."""
 
     cases: tuple[Case, ...]
     scratch: tuple[Scratch, ...] = ()

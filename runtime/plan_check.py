@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.kv_cache import dtype_of
@@ -105,6 +105,24 @@ def _check_kept(plan: Plan) -> None:
         _need(not (behind and isinstance(step.spec, Attention | Embed)), f"{step.name} needs rows that are not kept")
         head = isinstance(step.spec, Linear) and step.spec.rows == "R"
         _need(not head or behind, f"{step.name} computes logits of rows that were not kept")
+    for i in kept:
+        refs = plan.steps[i].inputs.values()
+        names = [ref.buffer for ref in refs]
+        columns = {name: (0, buffer.cols) for name, buffer in plan.buffers.items() if buffer.rows == "T"}
+        whole = all((ref.start, ref.stop) == columns.get(ref.buffer) for ref in refs)
+        _need(whole and len(set(names)) == len(names), f"{plan.steps[i].name} keeps rows of whole buffers, each once")
+        lost = _read_from_before(plan.steps[:i], plan.steps[i + 1 :]) - set(names)
+        _need(not lost, f"{plan.steps[i].name} loses the rows of {', '.join(sorted(lost))}")
+
+
+def _read_from_before(before: Iterable[Step], behind: Iterable[Step]) -> set[str]:
+    """Buffers that steps read as earlier ones have left them."""
+    written = {ref.buffer for step in before for ref in step.outputs.values()}
+    found: set[str] = set()
+    for step in behind:
+        found |= {ref.buffer for ref in step.inputs.values()} & written
+        written -= {ref.buffer for ref in step.outputs.values()}
+    return found
 
 
 def _is_causal(spec: Spec) -> bool:

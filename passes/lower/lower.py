@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 
 from dscompile.codegen.emit import KernelRequest
-from dscompile.codegen.memory import assign_offsets
+from dscompile.codegen.memory import ITEM_SIZE, assign_offsets
 from dscompile.codegen.select import KernelContext, Operand, programs_for
 from dscompile.codegen.step_kernels import step_kernels
 from dscompile.passes import vocabulary
@@ -38,7 +38,6 @@ from dscompile.runtime.plan import (
 )
 
 VIEWS = {operator.getitem, vocabulary.columns}
-ITEM_SIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)

@@ -122,8 +122,8 @@ def test_newer_format(out):
 
 
 def test_newer_op(out):
-    edit(out / "manifest.json", lambda m: m["op_revisions"].update(Linear=2))
-    assert "revision 2 of Linear" in refusal(load, out)
+    edit(out / "manifest.json", lambda m: m["op_revisions"].update(Linear=3))
+    assert "revision 3 of Linear" in refusal(load, out)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format_version": "1"}', '{"format_version": 1}'])
@@ -171,6 +171,12 @@ def with_kept_rows_at(plan, index):
     return dataclasses.replace(plan, steps=(*others[:index], kept, *others[index:]))
 
 
+def with_kept(plan, **refs):
+    (i,) = (i for i, s in enumerate(plan.steps) if isinstance(s.spec, KeepRows))
+    inputs = {role: ref for role, ref in (plan.steps[i].inputs | refs).items() if ref is not None}
+    return with_step(plan, i, inputs=inputs)
+
+
 INCONSISTENT = {
     "buffer": (lambda p: with_step(p, 1, inputs={"x": Ref("nowhere", 0, 24)}), "buffer 'nowhere'"),
     "columns": (lambda p: with_step(p, 1, inputs={"x": Ref("h", 1, 25)}), "columns 1:25"),
@@ -185,6 +191,9 @@ INCONSISTENT = {
     "kept twice": (lambda p: with_step(p, 0, spec=KeepRows()), "exactly one step must keep"),
     "kept too early": (lambda p: with_kept_rows_at(p, 1), "layers.0.attention needs rows that are not kept"),
     "kept too late": (lambda p: with_kept_rows_at(p, len(p.steps)), "computes logits of rows that were not kept"),
+    "kept in part": (lambda p: with_kept(p, x1=Ref("h", 0, 8)), "keeps rows of whole buffers"),
+    "kept again": (lambda p: with_kept(p, x2=Ref("h", 0, 24)), "each once"),
+    "lost": (lambda p: with_kept(p, x1=None), "keep_rows loses the rows of h"),
     "limits": (lambda p: dataclasses.replace(p, page_size=0), "page_size"),
 }
 

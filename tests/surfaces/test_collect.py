@@ -101,3 +101,6 @@ def test_ranges_of_tokens() -> None:
     assert kernels_by_range(plain) == {"1": ("row",), "2-16": ("tile",), "17+": ("norm", "mm")}
     mixed = Program((case(1, 4, "small", decode=True), case(5, 0, "large", decode=True), case(1, 0, "append", "flash")))
     assert kernels_by_range(mixed) == {"1-4": ("small",), "5+": ("large",), "prefill": ("append", "flash")}
+    launch = {name: (Launch("kernel", name, ()),) for name in ("brief", "long")}
+    by_context = Program((Case(1, 1, launch["brief"], True, max_context=257), Case(1, 1, launch["long"], True)))
+    assert kernels_by_range(by_context) == {"1, context to 257": ("brief",), "1": ("long",)}

@@ -18,6 +18,7 @@ NAMES = {
     torch.float32: "float32",
     torch.int32: "int32",
     torch.int8: "int8",
+    torch.bool: "bool",
 }
 TOLERANCE = {torch.float16: 1e-3, torch.float32: 2e-6}
 

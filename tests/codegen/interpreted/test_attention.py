@@ -272,7 +272,7 @@ def test_large_pages(name: str, decode: bool) -> None:
 
 
 # A query head a program, in Gluon.
-SINGLE = ("gqa", "mha", "alibi", "mqa", "window", "chunk", "softcap_sinks", "head_norms", "own_norms", "narrow_values")
+SINGLE = ("gqa", "mha", "alibi", "mqa", "narrow_values")
 
 
 @pytest.mark.parametrize("name", SINGLE)
