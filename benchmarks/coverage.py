@@ -31,7 +31,7 @@ RMS(error) / RMS(logits), of encoders / RMS(hidden states); the limit is 1e-5.
 The same in float16 by the kernels: `python -m benchmarks.coverage_gpu`, or `pytest -m gpu
 tests/runtime_cuda/test_coverage.py`, on a GPU ([of one H200](../benchmarks/results/coverage_h200.json)), or, with
 `TRITON_INTERPRET=1` set, in Triton's interpreter ([results](../benchmarks/results/coverage_interpreted.json)). Each
-names its commit; configurations that only the second has came later and have not run on a GPU.
+names its commit; kernels may have changed since.
 
 | configuration | architecture | regions by layer class | refusals and fallbacks | error |
 |---|---|---|---|---|
