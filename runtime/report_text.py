@@ -56,9 +56,15 @@ def ops_taken(region: Region) -> list[tuple[str, int]]:
 
 
 def launches_by_range(region: Region) -> list[tuple[str, int]]:
-    """Token ranges with the number of launches in each, neighbours with equal numbers merged: [("1", 1), ("2+", 2)]."""
+    """Token ranges with the number of launches in each, neighbours with equal numbers merged: [("1", 1), ("2+", 2)].
+
+    Short contexts are named where they take another number.
+    """
     merged: list[tuple[str, int]] = []
     for tokens, names in region.kernels.items():
+        any_context, short, _ = tokens.partition(", context")
+        if short and len(region.kernels.get(any_context, ())) == len(names):
+            continue
         span = _span(merged[-1][0], tokens) if merged and merged[-1][1] == len(names) else None
         if span:
             merged[-1] = (span, len(names))

@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from dscompile.runtime.errors import UserError
-from dscompile.runtime.report import Report, read_report
+from dscompile.runtime.report import Region, Report, read_report
 from dscompile.runtime.report_html import render_html
-from dscompile.runtime.report_text import format_bytes, layer_ranges, print_report, summary_lines
+from dscompile.runtime.report_text import format_bytes, launches_by_range, layer_ranges, print_report, summary_lines
 from tests.surfaces.sample import full_report, least_report
 
 
@@ -27,6 +27,13 @@ def text_of(report: Report) -> str:
 @pytest.mark.parametrize("report", [full_report(), least_report()], ids=["full", "least"])
 def test_json_round_trip(report: Report) -> None:
     assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+def test_short_contexts_are_named_where_they_take_another_number_of_launches() -> None:
+    kernels = {"1, context to 257": ("short",), "1": ("long",), "2+": ("long",)}
+    assert launches_by_range(Region("attention", "", kernels=kernels)) == [("1+", 1)]
+    kernels["1, context to 257"] = ("short", "more")
+    assert launches_by_range(Region("attention", "", kernels=kernels)) == [("1, context to 257", 2), ("1+", 1)]
 
 
 def test_json_has_the_promised_keys() -> None:
