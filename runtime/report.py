@@ -29,8 +29,8 @@ class Region:
     step:          the step of the plan that executes it; a packed linear is listed under each name it covers, and
                    those records share one step
     nodes:         what it took in, in dataflow order
-    kernels:       range of tokens in a step ("1", "2-4", "65+", "1, context to 257") -> launches, in order; empty without
-                   a GPU target
+    kernels:       range of tokens in a step ("1", "2-4", "65+", "1, context to 257") -> launches, in order; empty
+                   without a GPU target
     inputs, outputs: names of the activations it reads and writes
     bytes_saved:   activation bytes per token that the unfused nodes would have written and read again, in one layer
     time_us:       range of tokens -> microseconds measured in one layer; empty where no GPU was at hand
