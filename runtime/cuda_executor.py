@@ -124,6 +124,7 @@ class CudaExecutor:
         self._seats = Seats(plan)
         self._graphs: dict[tuple[int, bool, int], Callable[[], None]] = {}
         self._graph_sizes = graph_sizes(plan.max_batch)
+        self._bounds = {size: context_bounds(plan.programs.values(), size) for size in self._graph_sizes}
         self._last: Running | None = None
         self._slots = [self._make_slot() for _ in range(self.max_in_flight + 1)]
         sampled = (s.inputs["logits"] for s in plan.steps if isinstance(s.spec, Sample))
@@ -154,7 +155,7 @@ class CudaExecutor:
         slot.event.synchronize()
         with self._gpu.active():
             for size in self._graph_sizes:
-                for bound in (*context_bounds(self.plan.programs.values(), size), 0):
+                for bound in (*self._bounds[size], 0):
                     for plain in (True, False):
                         self._graph(size, plain, bound, slot)
         self._last = None  # the state on the device is now that of padding
@@ -224,9 +225,8 @@ class CudaExecutor:
 
     def _context_bound(self, batch: Batch, size: int) -> int:
         """The least bound on which launches depend that no context of the batch exceeds, 0 where there is none."""
-        bounds = context_bounds(self.plan.programs.values(), size)
-        longest = longest_context(batch) if bounds else 0
-        return next((bound for bound in bounds if longest <= bound), 0)
+        longest = longest_context(batch) if self._bounds[size] else 0
+        return next((bound for bound in self._bounds[size] if longest <= bound), 0)
 
     def _graph(self, size: int, plain: bool, bound: int, slot: Slot) -> Callable[[], None]:
         """The captured decode step of `size` rows with contexts up to `bound` (0: any).
