@@ -61,7 +61,10 @@ def candidates(spec: Linear, dtype: str, tokens: int, context: KernelContext, li
     configs: Any = linear_candidates(spec, dtype, max(8, tokens) if tokens > 1 else 1, context)[:limit]
     if tokens == 1:
         for config in configs:
-            request, arguments, programs = (int8_row_request if by_token else row_request)(spec, operands, config)
+            if by_token:
+                request, arguments, programs = int8_row_request(spec, operands, config, context)
+            else:
+                request, arguments, programs = row_request(spec, operands, config)
             found.append(Candidate(request, arguments.args, (programs, 1, 1), asdict(config)))
         return found
     inner, bound = spec, operands

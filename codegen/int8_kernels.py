@@ -16,8 +16,9 @@ from dscompile.codegen.linear_kernels import (
     without_prologue,
 )
 from dscompile.codegen.linear_structure import arguments_of, numbers_of, structure_of
-from dscompile.codegen.operands import Arguments, KernelContext, Operands, ceil_div, next_power_of_2
+from dscompile.codegen.operands import Arguments, KernelContext, Operand, Operands, ceil_div, next_power_of_2
 from dscompile.codegen.row_kernels import row_norm_launch
+from dscompile.codegen.targets import capability
 from dscompile.codegen.tuned_table import BULK_TOKENS, BulkConfig, Int8RowConfig, bulk_config, int8_row_config
 from dscompile.runtime.plan import Case, Extent, Launch, Linear, Program, Quantization
 
@@ -31,7 +32,7 @@ def int8_linear_program(
     draft, first = Draft(), 1
     cases: list[Case] = []
     if has_words(operands):
-        cases.append(Case(1, 1, (_row_launch(spec, operands, int8_row_config(spec, context), draft),)))
+        cases.append(Case(1, 1, (_row_launch(spec, operands, context, draft),)))
         first = 2
     prepare = _quantize_rows(spec, operands, draft)
     inner, rows = without_prologue(spec), {**operands, "in.x": prepared(spec, "int8")}
@@ -57,13 +58,27 @@ def has_words(operands: Operands) -> bool:
     return weight.aligned and weight.shape[1] % 4 == 0 and weight.stride % 4 == 0
 
 
-def int8_row_request(spec: Linear, operands: Operands, config: Int8RowConfig) -> tuple[KernelRequest, Arguments, int]:
+def _halves(spec: Linear, x: Operand, context: KernelContext) -> str:
+    """The type of a row that is rounded as it is, where four of its numbers can be read as one."""
+    changed = spec.norm or spec.post_norm or spec.add or spec.store
+    static = spec.quantization is not None and spec.quantization.activations == "tensor"
+    paired = min(capability(t) for t in context.targets) >= 80
+    whole = x.aligned and x.stride % 4 == 0
+    return (
+        {"float16": "f16", "bfloat16": "bf16"}.get(x.dtype, "") if whole and paired and not (changed or static) else ""
+    )
+
+
+def int8_row_request(
+    spec: Linear, operands: Operands, config: Int8RowConfig, context: KernelContext
+) -> tuple[KernelRequest, Arguments, int]:
     """The kernel for one row of x, its arguments and its number of programs."""
     words = spec.in_features // 4
     block_k = min(config.block_k, next_power_of_2(words))
     chunks = ceil_div(words, block_k)
     structure = structure_of(spec, operands, config.block_n, two_pass=True)
     structure |= {"tail_k": words % block_k != 0, "chunks": chunks, "prefetch": min(config.prefetch, chunks)}
+    structure["halves"] = _halves(spec, operands["in.x"], context)
     numbers = numbers_of(spec, operands) | {"BN": config.block_n, "BK": block_k}
     arguments = arguments_of(spec, operands, folded_norm=False)
     if spec.quantization and spec.quantization.activations == "tensor":
@@ -74,8 +89,8 @@ def int8_row_request(spec: Linear, operands: Operands, config: Int8RowConfig) ->
     return request, arguments, structure["segments"][-1]["end"]
 
 
-def _row_launch(spec: Linear, operands: Operands, config: Int8RowConfig, draft: Draft) -> Launch:
-    request, arguments, programs = int8_row_request(spec, operands, config)
+def _row_launch(spec: Linear, operands: Operands, context: KernelContext, draft: Draft) -> Launch:
+    request, arguments, programs = int8_row_request(spec, operands, int8_row_config(spec, context), context)
     draft.requests.append(request)
     return Launch("kernel", request.name, arguments.args, (Extent(programs),))
 

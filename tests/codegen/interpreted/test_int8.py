@@ -56,6 +56,22 @@ def test_a_row_in_several_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     check(SPECS[name], TOKEN, 1, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_row_that_is_rounded_as_it_is_is_read_in_fours(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole pieces and a last one that is not, with the largest magnitude in any place and of any sign."""
+    small = Int8RowConfig(block_n=4, block_k=16, num_warps=4, prefetch=2)
+    monkeypatch.setattr(int8_kernels, "int8_row_config", lambda *_: small)
+    spec, tensors = quantized(Linear(148, 24, (Segment(0, 24),)), TOKEN, 1, 1, dtype)
+    _, requests = programs_for(spec, operands(tensors), context())
+    assert any(request.structure.get("halves") for request in requests)
+    for place in (0, 1, 62, 63, 64, 130, 147):
+        tensors["in.x"].copy_(torch.randn(1, 148))
+        tensors["in.x"][0, place] = 9.0 * (-1) ** place
+        run(spec, tensors, {}, {"T": 1, "B": 1, "R": 1})
+        for role, expected in oracle.linear(spec, tensors).items():
+            assert rms_ratio(tensors[role], expected) <= (1e-3 if dtype == torch.float16 else 8e-3), (place, role)
+
+
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", ["plain", "packed"])
 def test_programs_that_share_columns_add_up(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
