@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dscompile.codegen.emit import KernelRequest, Param, kernel_request
-from dscompile.runtime.cuda_state import MAX_EOS_IDS, StateLayout
+from dscompile.runtime.cuda_state import MAX_EOS_IDS, TURNS, StateLayout
 from dscompile.runtime.plan import Case, Extent, Launch, Plan, Program, Sample, Scratch, Symbol
 
 BLOCK = 2048  # vocabulary ids of a program, at most
@@ -21,7 +21,6 @@ INFINITY_BITS = 0x7F800000
 TYPES = {
     "logits": "*fp32",
     "sampled": "*i32",
-    "logprobs": "*fp32",
     "temperature": "*fp32",
     "repetition_penalty": "*fp32",
     "top_p": "*fp32",
@@ -36,6 +35,7 @@ TYPES = {
 }
 ZEROED = ("arrived", "histogram", "listed")
 ROW_STATE = "step.seats step.sample_rows"
+RESULTS = "step.sampled step.told step.turn"
 PENALTIES = "step.context_lens step.repetition_penalty step.min_position step.eos_ids step.seen"
 
 
@@ -60,13 +60,14 @@ def _state_program(plan: Plan, advance: bool) -> tuple[Program, list[KernelReque
     args = "step.tokens step.sources step.sampled"
     constants = {"BLOCK": STATE_BLOCK}
     if advance:
-        args += " step.seats step.positions step.context_lens step.block_table step.slots step.new_blocks"
+        args += " step.seats step.positions step.context_lens step.block_table step.slots step.new_blocks step.turn"
         constants |= {
             "ROWS": layout.rows,
             "TOKENS": layout.tokens,
             "BLOCKS": layout.blocks,
             "PAGE": plan.page_size,
             "GROUPS": layout.groups,
+            "TURNS": TURNS,
         }
     size: Symbol = "B" if advance else "T"
     request = _request("advance_state", f"{args} {size}", constants, pdl=False, structure={"advance": advance})
@@ -80,9 +81,11 @@ class _Sampling:
     def __init__(self, plan: Plan, stride: int) -> None:
         block = min(BLOCK, max(256, 1 << (plan.vocab_size - 1).bit_length()))
         self._splits = -(-plan.vocab_size // block)
-        self._seen_words = StateLayout.of(plan).seen_words
+        layout = StateLayout.of(plan)
+        self._seen_words = layout.seen_words
         self._constants = {
             "V": plan.vocab_size,
+            "ROWS": layout.rows,
             "STRIDE": stride,
             "BLOCK": block,
             "SPLITS": self._splits,
@@ -90,7 +93,7 @@ class _Sampling:
         }
 
     def greedy(self) -> tuple[Program, list[KernelRequest]]:
-        args = f"in.logits {ROW_STATE} step.sampled step.logprobs scratch.best scratch.token scratch.mass"
+        args = f"in.logits {ROW_STATE} {RESULTS} scratch.best scratch.token scratch.mass"
         kernel = self._kernel("sample_greedy", args, {})
         return self._program([kernel], "best token mass"), [kernel[0]]
 
@@ -108,7 +111,7 @@ class _Sampling:
         lists = "scratch.listed scratch.list"
         choose = self._kernel(
             "sample_choose",
-            f"{head} step.min_p step.seed step.sampled step.logprobs scratch.best scratch.token {lists}",
+            f"{head} step.min_p step.seed {RESULTS} scratch.best scratch.token {lists}",
             constants | {"LIST": LIST, "CHUNK": CHUNK, "FEW": FEW},
             num_warps=2 * NUM_WARPS,
         )

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from dscompile.runtime.cuda_state import MAX_EOS_IDS, SEAT_FIELDS, Staging, StateLayout
+from dscompile.runtime.cuda_state import MAX_EOS_IDS, SEAT_FIELDS, TURNS, Staging, StateLayout
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.executor import Batch, BatchRow
 from dscompile.runtime.plan import Plan
@@ -106,9 +106,13 @@ def continues(batch: Batch, last: Batch | None) -> bool:
     )
 
 
-def stage_decode(staging: Staging, batch: Batch, size: int, seats: np.ndarray, mirror: Seats) -> None:
-    """Write the state from which `step.advance` starts a decode step of `size` rows, the last ones padding."""
+def stage_decode(staging: Staging, batch: Batch, size: int, seats: np.ndarray, mirror: Seats, turn: int) -> None:
+    """Write the state from which `step.advance` starts a decode step of `size` rows, the last ones padding.
+
+    turn: of `DeviceState.told`, to which the step writes what it chooses
+    """
     fields, count = staging.fields, len(batch.rows)
+    fields["turn"][0] = (turn - 1) % TURNS
     starts = np.array([row.start for row in batch.rows], np.int32)
     for name, values in (("context_lens", starts), ("positions", starts - 1)):
         fields[name][:count], fields[name][count:size] = values, 0
@@ -124,9 +128,12 @@ def stage_decode(staging: Staging, batch: Batch, size: int, seats: np.ndarray, m
     _stage_seats(staging, seats, mirror)
 
 
-def stage_ragged(staging: Staging, batch: Batch, seats: np.ndarray, mirror: Seats, page_size: int) -> tuple[int, int]:
-    """Write the inputs of any step. returns (T, R)."""
+def stage_ragged(
+    staging: Staging, batch: Batch, seats: np.ndarray, mirror: Seats, page_size: int, turn: int
+) -> tuple[int, int]:
+    """Write the inputs of any step, which writes what it chooses to `turn` of `DeviceState.told`. returns (T, R)."""
     fields = staging.fields
+    fields["turn"][0] = turn
     starts = np.cumsum([0, *(row.num_tokens for row in batch.rows)])
     logits = np.cumsum([0, *(row.num_logits for row in batch.rows)])
     num_rows, num_tokens, num_logits = len(batch.rows), int(starts[-1]), int(logits[-1])

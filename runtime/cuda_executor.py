@@ -24,7 +24,7 @@ from dscompile.runtime.cuda_batch import (
 from dscompile.runtime.cuda_device import CudaDevice
 from dscompile.runtime.cuda_memory import Arena, ScratchMemory
 from dscompile.runtime.cuda_program import BoundPlan
-from dscompile.runtime.cuda_state import DeviceState, Staging
+from dscompile.runtime.cuda_state import TURNS, DeviceState, Staging
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.executor import Batch, StepResult, max_logit_rows
 from dscompile.runtime.kernels import KernelTable, Sizes, context_bounds
@@ -44,16 +44,17 @@ def graph_sizes(max_batch: int) -> list[int]:
 
 @dataclass
 class Slot:
-    """Pinned memory of one step in flight: what goes up, what comes back, and the event after both."""
+    """Pinned memory of one step in flight: what goes up, what comes back (its turn of `told`), the event after both."""
 
+    turn: int
     staging: Staging
-    chosen: torch.Tensor
+    told: torch.Tensor
     event: Any
 
 
 @dataclass
 class CudaPending:
-    """A step in flight. `wait` reads the pinned memory that the step's last copy fills."""
+    """A step in flight. `wait` reads the pinned memory that the kernels of sampling fill, once the step is over."""
 
     batch: Batch
     seats: np.ndarray
@@ -69,8 +70,7 @@ class CudaPending:
         return self._result
 
     def _read(self) -> StepResult:
-        words = self.slot.chosen.numpy()
-        tokens, logprobs = words[: len(words) // 2], words[len(words) // 2 :].view(np.float32)
+        tokens, logprobs = self.slot.told[0].numpy(), self.slot.told[1].numpy().view(np.float32)
         rows = self.batch.rows
         sampled = np.array([row.sample for row in rows])
         asked = np.array([row.sample and row.sequence.params.logprobs for row in rows])
@@ -99,10 +99,11 @@ class Running:
 class CudaExecutor:
     """The executor of a CUDA device; see runtime.executor.Executor.
 
-    Step n + 1 may be launched before step n is read: `Slot`s are used in turn, one more than steps in flight.
+    Step n + 1 may be launched before step n is read: `Slot`s are used in turn, one more than steps in flight. The host
+    uploads whose turn it is with a batch; a replay that continues it takes the next turn itself.
     """
 
-    max_in_flight = 2
+    max_in_flight = TURNS - 1
 
     def __init__(
         self,
@@ -126,7 +127,7 @@ class CudaExecutor:
         self._graph_sizes = graph_sizes(plan.max_batch)
         self._bounds = {size: context_bounds(plan.programs.values(), size) for size in self._graph_sizes}
         self._last: Running | None = None
-        self._slots = [self._make_slot() for _ in range(self.max_in_flight + 1)]
+        self._slots = [self._make_slot(turn) for turn in range(TURNS)]
         sampled = (s.inputs["logits"] for s in plan.steps if isinstance(s.spec, Sample))
         self._output = plan.hidden or next(sampled, None)
         gpu.synchronize()
@@ -142,7 +143,6 @@ class CudaExecutor:
         with self._gpu.active():
             seats = self._decode(batch, slot) if is_decode(batch) else self._ragged(batch, slot)
             logits = self._copy_logits(batch)
-            self._state.download(slot.chosen, self._gpu.stream)
             self._gpu.record(slot.event)
         self.counters["steps"] += 1
         self.counters["tokens"] += sum(row.num_tokens for row in batch.rows)
@@ -171,7 +171,7 @@ class CudaExecutor:
             bound = self._context_bound(batch, size)
             replay = self._graph(size, all(row.sequence.params.plain for row in batch.rows), bound, slot)
             seats = self._seats.seat(batch.rows)
-            stage_decode(slot.staging, batch, size, seats, self._seats)
+            stage_decode(slot.staging, batch, size, seats, self._seats, slot.turn)
             self._upload(batch, seats, slot)
         replay()
         self._last = Running(batch, seats, replay, bound)
@@ -202,7 +202,7 @@ class CudaExecutor:
     def _ragged(self, batch: Batch, slot: Slot) -> np.ndarray:
         self._last = None
         seats = self._seats.seat(batch.rows)
-        num_tokens, num_logits = stage_ragged(slot.staging, batch, seats, self._seats, self.plan.page_size)
+        num_tokens, num_logits = stage_ragged(slot.staging, batch, seats, self._seats, self.plan.page_size, slot.turn)
         self._upload(batch, seats, slot)
         sizes = Sizes(num_tokens, len(batch.rows), num_logits, self._state.layout.blocks)
         sampled = [row for row in batch.rows if row.sample]
@@ -235,7 +235,7 @@ class CudaExecutor:
         so that libraries have set themselves up.
         """
         if (size, plain, bound) not in self._graphs:
-            stage_decode(slot.staging, Batch(()), size, np.zeros(0, np.int32), self._seats)
+            stage_decode(slot.staging, Batch(()), size, np.zeros(0, np.int32), self._seats, slot.turn)
             self._state.upload(slot.staging, 0, 0, self._gpu.stream)
             self._gpu.synchronize()
             parts = [self._bound.sized(size, name) for name in ("step.advance", None, _sampler(plain))]
@@ -289,14 +289,14 @@ class CudaExecutor:
         for arena in self._arenas.values():
             arena.allocate()
         self._scratch.allocate()
-        self._state = DeviceState(plan, self.device, self._gpu.driver)
+        self._state = DeviceState(plan, self.device, self._gpu.driver, self._gpu.pinned)
         blocks = size_pools(plan, self._gpu.free_bytes() - RESERVED_BYTES, max_kv_tokens)
         pairs = zip(plan.kv_groups, blocks, strict=True)
         self._pools = [KVPool(group, plan.page_size, n, self.device) for group, n in pairs]
 
-    def _make_slot(self) -> Slot:
-        layout = self._state.layout
-        return Slot(Staging(layout, self._gpu.pinned), self._gpu.pinned(2 * layout.rows), self._gpu.event())
+    def _make_slot(self, turn: int) -> Slot:
+        staging = Staging(self._state.layout, self._gpu.pinned)
+        return Slot(turn, staging, self._state.told[turn], self._gpu.event())
 
 
 def _sampler(plain: bool) -> str:

@@ -2,7 +2,8 @@
 
 One region, `uploaded`, is written by the host in one copy whenever a batch changes; while it stays the same, the
 kernel `step.advance` moves it on by one token. The rest (block tables, sampled tokens, tokens seen) stays on the
-device and is addressed by row of the step or by *seat*, a sequence's place for as long as it runs.
+device and is addressed by row of the step or by *seat*, a sequence's place for as long as it runs. What a step chose,
+its kernels also write to pinned host memory, so that nothing is copied back between two steps.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dscompile.runtime.plan import Plan
 
 MAX_EOS_IDS = 16
 FIELD_ALIGNMENT = 64  # words
+TURNS = 3  # steps whose results stay in host memory, one more than may be in flight; a constant of the kernels
 
 # Sampling of a row: copied from the seat of its sequence.
 SEAT_FIELDS: dict[str, Any] = {
@@ -68,7 +70,8 @@ class StateLayout:
         slots [groups, T]; seq_starts [B + 1]; context_lens [B]; logit_rows [R];
         seats [B]: where a row's sampled token goes, -1 for a row that does not sample (and for padding);
         sample_rows [B]: the row of logits it samples from; new_blocks [groups, B]: the block a row enters, or -1;
-        eos_ids [B, MAX_EOS_IDS], -1 where unused; and SEAT_FIELDS, each [B].
+        eos_ids [B, MAX_EOS_IDS], -1 where unused; turn [1]: the part of `told` that the step writes;
+        and SEAT_FIELDS, each [B].
         """
         counts = {
             "context_lens": self.rows,
@@ -76,6 +79,7 @@ class StateLayout:
             "seats": self.rows,
             "sample_rows": self.rows,
             "eos_ids": self.rows * MAX_EOS_IDS,
+            "turn": 1,
             **dict.fromkeys(SEAT_FIELDS, self.rows),
             "new_blocks": self.groups * self.rows,
             "logit_rows": self.logit_rows,
@@ -122,26 +126,27 @@ class Staging:
 class DeviceState:
     """The arrays on the device and the copies that fill them.
 
-    block_tables [groups, rows, blocks]; sampled [rows] tokens by seat, then logprobs [rows] float32 by seat;
+    block_tables [groups, rows, blocks]; sampled [rows]: tokens by seat;
+    told [TURNS, 2, rows], in pinned host memory: by seat, the tokens that the step of a turn chose, and the bits of
+    their log-probabilities in float32; what else a turn holds is of earlier steps;
     seen [rows, seen_words]: bit i of word w of a seat's row is set where token 32 * w + i was in prompt or output.
     """
 
-    def __init__(self, plan: Plan, device: torch.device, driver: Driver) -> None:
+    def __init__(self, plan: Plan, device: torch.device, driver: Driver, pinned: Callable[..., torch.Tensor]) -> None:
         self.layout = layout = StateLayout.of(plan)
         self._driver = driver
         self.uploaded = torch.zeros(layout.num_words, dtype=torch.int32, device=device)
         self.block_tables = torch.zeros(layout.groups, layout.rows, layout.blocks, dtype=torch.int32, device=device)
-        self.chosen = torch.zeros(2 * layout.rows, dtype=torch.int32, device=device)
+        self.sampled = torch.zeros(layout.rows, dtype=torch.int32, device=device)
+        self.told = pinned(TURNS, 2, layout.rows)
         self.seen = torch.zeros(layout.rows, layout.seen_words, dtype=torch.int32, device=device)
 
     def address(self, name: str, group: int = 0) -> int:
         """The device address of `step.name`; of block_table and slots, the group's part."""
         if name == "block_table":
             return self.block_tables.data_ptr() + 4 * group * self.layout.rows * self.layout.blocks
-        if name in ("sampled", "logprobs"):
-            return self.chosen.data_ptr() + (4 * self.layout.rows if name == "logprobs" else 0)
-        if name == "seen":
-            return self.seen.data_ptr()
+        if name in ("sampled", "told", "seen"):
+            return getattr(self, name).data_ptr()
         first, _ = self.layout.fields[name]
         return self.uploaded.data_ptr() + 4 * (first + (group * self.layout.tokens if name == "slots" else 0))
 
@@ -168,7 +173,3 @@ class DeviceState:
         """Copy the bitmap of one seat."""
         offset, row = 4 * seat * self.layout.seen_words, 4 * self.layout.seen_words
         self._driver.copy_to_device(self.seen.data_ptr() + offset, staging.seen.data_ptr() + offset, row, stream)
-
-    def download(self, target: torch.Tensor, stream: int) -> None:
-        """Copy the sampled tokens and their logprobs, [2 * rows] int32 words, to pinned memory."""
-        self._driver.copy_to_host(target.data_ptr(), self.chosen.data_ptr(), 8 * self.layout.rows, stream)

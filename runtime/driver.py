@@ -117,13 +117,6 @@ class Driver:
         )
         self._check(status, "copying to the device")
 
-    def copy_to_host(self, target: int, source: int, num_bytes: int, stream: int) -> None:
-        """Copy device memory to pinned host memory, in stream order."""
-        status = self._library.cuMemcpyDtoHAsync_v2(
-            ctypes.c_void_p(target), ctypes.c_uint64(source), ctypes.c_size_t(num_bytes), ctypes.c_void_p(stream)
-        )
-        self._check(status, "copying to the host")
-
     def copy_rows_to_device(self, target: int, source: int, pitch: int, width: int, rows: int, stream: int) -> None:
         """Copy the first `width` bytes of each of `rows` rows, `pitch` bytes apart on both sides, in stream order."""
         copy = Copy2D(

@@ -337,7 +337,7 @@ class Launch:
       kv                        this layer's part of block 0 in the pool of the step's KV group (pool base + index *
                                 bytes of one layer in a block), so that layers of one class share a kernel
       step.NAME                 tokens positions seq_starts context_lens logit_rows block_table slots (int32), and what
-                                sampling and advancing keep on the device (see cuda_state.StateLayout)
+                                sampling and advancing keep on the device or write for the host (see cuda_state)
       T B R                     sizes, int32;  blocks: row stride of step.block_table, int32
     descriptors: the scratch memory in which each program of the kernel builds its tensor descriptors, if it does
     rows: of the weight, and of the bias, that a library's product takes; None: all.

@@ -24,6 +24,7 @@ from dscompile.runtime.sequence import Sequence
 from tests.runtime_cuda.simulated import SimulatedDevice, write_kernels
 
 MAX_BATCH = 8
+TURN = 2
 
 OPTIONS = [
     {"temperature": 1.0},
@@ -73,7 +74,7 @@ class Sampler:
         scratch = ScratchMemory(self.plan, self.device.device)
         self.arena.allocate()
         scratch.allocate()
-        self.state = DeviceState(self.plan, self.device.device, self.device.driver)
+        self.state = DeviceState(self.plan, self.device.device, self.device.driver, self.device.pinned)
         self.bound = BoundPlan(self.plan, {}, table, {"R": self.arena}, scratch, self.state, [])
 
     def __call__(self, logits: torch.Tensor, sequences: list[Sequence], program: str) -> tuple[list[int], list[float]]:
@@ -81,7 +82,7 @@ class Sampler:
         rows = [BatchRow(s, len(s.tokens) - 1, s.tokens[-1:]) for s in sequences]
         staging = Staging(self.state.layout, self.device.pinned)
         seats = self.seats.seat(rows)
-        tokens, num_logits = stage_ragged(staging, Batch(tuple(rows)), seats, self.seats, 4)
+        tokens, num_logits = stage_ragged(staging, Batch(tuple(rows)), seats, self.seats, 4, TURN)
         for row, seat in zip(rows, seats, strict=True):
             stage_seen(staging, row, int(seat))
         sizes = Sizes(tokens, len(rows), num_logits, self.state.layout.blocks)
@@ -90,14 +91,17 @@ class Sampler:
             with self.device.active():
                 view = self.arena.view(Ref("logits", 0, self.plan.vocab_size), self.arena.rows)
                 view[: len(sequences)] = logits.to(self.device.device)
-                self.state.chosen.fill_(-7)
+                self.state.sampled.fill_(-7)
+                self.state.told.fill_(-7)
                 self.state.upload(staging, len(rows), 0, self.device.stream)
                 for seat in seats:
                     self.state.upload_seen(staging, int(seat), self.device.stream)
                 self.bound.eager(program).launch(sizes, True, self.device.stream)
             self.device.synchronize()
-            chosen = self.state.chosen.cpu().numpy()
-            results.append((chosen[seats].tolist(), chosen[MAX_BATCH + seats].view(np.float32).tolist()))
+            told = self.state.told.numpy()
+            np.testing.assert_equal(told[TURN, 0, seats], self.state.sampled.cpu().numpy()[seats])
+            assert (np.delete(told, TURN, axis=0) == -7).all(), "only the step's own turn is written"
+            results.append((told[TURN, 0, seats].tolist(), told[TURN, 1, seats].view(np.float32).tolist()))
         np.testing.assert_equal(results[0], results[1])
         return results[0]
 

@@ -59,9 +59,6 @@ class SimulatedDriver:
     def copy_to_device(self, target: int, source: int, num_bytes: int, stream: int) -> None:
         self._copy(target, source, num_bytes)
 
-    def copy_to_host(self, target: int, source: int, num_bytes: int, stream: int) -> None:
-        self._copy(target, source, num_bytes)
-
     def copy_rows_to_device(self, target: int, source: int, pitch: int, width: int, rows: int, stream: int) -> None:
         for row in range(rows):
             self._copy(target + row * pitch, source + row * pitch, width)

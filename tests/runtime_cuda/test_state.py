@@ -83,7 +83,7 @@ def test_a_ragged_step():
         BatchRow(c, 6, None),
     )
     seats = mirror.seat(rows)
-    assert stage_ragged(staging, Batch(rows), seats, mirror, PAGE) == (9, 2)
+    assert stage_ragged(staging, Batch(rows), seats, mirror, PAGE, 2) == (9, 2)
     f = staging.fields
     assert f["tokens"][:8].tolist() == a.tokens + b.tokens[4:7]
     assert f["sources"][:9].tolist() == [-1] * 8 + [seats[2]]
@@ -95,6 +95,7 @@ def test_a_ragged_step():
     assert f["sample_rows"][[0, 2]].tolist() == [0, 1]
     assert f["slots"][1, :9].tolist() == [800, 801, 802, 803, 804, 844, 845, 846, 886]
     assert staging.table_array[0, 1, :3].tolist() == b.blocks[0]
+    assert f["turn"].tolist() == [2]
 
 
 def test_a_decode_step_starts_one_token_before():
@@ -106,7 +107,7 @@ def test_a_decode_step_starts_one_token_before():
     mirror.seat((BatchRow(b, 0, b.tokens),))
     rows = (BatchRow(a, 5, [42]), BatchRow(b, 9, None))
     seats = mirror.seat(rows)
-    stage_decode(staging, Batch(rows), 3, seats, mirror)
+    stage_decode(staging, Batch(rows), 3, seats, mirror, 0)
     f = staging.fields
     assert f["positions"][:3].tolist() == [4, 8, 0]
     assert f["context_lens"][:3].tolist() == [5, 9, 0]
@@ -114,6 +115,7 @@ def test_a_decode_step_starts_one_token_before():
     assert f["sources"][:3].tolist() == [-1, seats[1], -1]
     assert f["seats"][:3].tolist() == [*seats, -1]
     assert f["seq_starts"][:4].tolist() == [0, 1, 2, 3]
+    assert f["turn"].tolist() == [2], "step.advance takes the next turn, the first of three"
     assert (f["slots"] == -1).all()
     assert (f["new_blocks"] == -1).all()
     assert f["temperature"][:2].tolist() == [0.0, 0.5]
