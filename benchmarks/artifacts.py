@@ -11,6 +11,15 @@ from typing import Any
 from benchmarks.models import MODELS
 
 MAX_BATCH = 256
+INT8 = {"quant": "int8"}
+# The words of `benchmarks.decode --quant`, and options of compile_model.
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "int8": INT8,
+    "int8+head": INT8 | {"quant_lm_head": True},
+    "int8+static": INT8 | {"static_activations": True},
+    "int8-weight-only": {"quant": "int8-weight-only"},
+}
 
 
 @contextlib.contextmanager
@@ -36,8 +45,8 @@ def artifact_of(name: str, folder: Path, tokens: int = 0, **more: Any) -> Path:
     longer = tokens > limit > 0
     if longer:
         config.max_position_embeddings = tokens
-    options = (option if value is True else str(value) for option, value in more.items() if value)
-    out = folder / "-".join([name, *[str(tokens)] * longer, *options])
+    words = (option if value is True else str(value) for option, value in more.items() if value)
+    out = folder / "-".join([name, *[str(tokens)] * longer, *words])
     if not out.exists():
         from dscompile.compiler import compile_model
 

@@ -45,6 +45,7 @@ CASES: dict[str, tuple[str, Sequences]] = {
     "llama3-8b:128": ("llama3-8b", ((128, 128),)),
     "llama3-8b:ragged": ("llama3-8b", _ragged(16)),
     "llama3-8b:mixed": ("llama3-8b", (*_decoding(200), *_ragged(4))),
+    "llama3-8b:last": ("llama3-8b", ((8191, 2047),)),
     "llama3-8b:chunk": ("llama3-8b", ((32048, 2048),)),
     "gptj-6b:128": ("gptj-6b", ((128, 128),)),
     "gptj-6b:1900": ("gptj-6b", ((1900, 1900),)),

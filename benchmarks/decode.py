@@ -2,6 +2,7 @@
 
 python -m benchmarks.decode --models gptj-6b,llama3-8b --batch 1,8,32,128 --against eager,compile
 python -m benchmarks.decode --models llama3-8b --batch 1 --prompt 8064,32640 --against eager
+python -m benchmarks.decode --models llama3-8b --quant none,int8,int8+head,int8+static --against eager
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from benchmarks.artifacts import artifact_folder, artifact_of
+from benchmarks.artifacts import QUANTIZATIONS, artifact_folder, artifact_of
 from benchmarks.command import command_line, free_memory, names, numbers, parser_for
 from benchmarks.machine import write_result
 from benchmarks.models import MODELS, ONE_GPU
 from benchmarks.peers import load_random, measure
+from benchmarks.summary import quantization_of
 from dscompile.runtime import load
 from dscompile.runtime.bench import bench, kernel_times
 from dscompile.runtime.kv_cache import dtype_of
@@ -31,19 +33,20 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with artifact_folder(args.artifacts) as folder:
         for name in args.models:
-            row = measure_ours(name, folder, args)
-            rows.append(row)
-            _show(row)
+            first = len(rows)
+            for quant in args.quant:
+                rows.append(measure_ours(name, quant, folder, args))
+                _show(rows[-1])
             for how in args.against:
-                row["peers"] += measure_peer(name, how, args)
+                rows[first]["peers"] += measure_peer(name, how, args)
             path = write_result(args.name, {"command": command_line(parser, args), "models": rows}, args.out)
     print(path)
 
 
-def measure_ours(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure every length of prompt and batch size of one model."""
+def measure_ours(name: str, quant: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure every length of prompt and batch size of one model. quant: a key of QUANTIZATIONS"""
     row: dict[str, Any] = {"model": name, "dtype": MODELS[name][1], "ours": [], "peers": []}
-    quantization = {"quant": args.quant, "quant_lm_head": args.quant_lm_head} if args.quant != "none" else {}
+    quantization = QUANTIZATIONS[quant]
     longest = max(args.prompt) + args.new
     artifact = artifact_of(name, folder, longest, deterministic=args.deterministic, **quantization)
     # The rest of the memory is left to the measurement of the bandwidth.
@@ -96,7 +99,8 @@ def measure_peer(name: str, how: str, args: argparse.Namespace) -> list[dict[str
 
 def _show(row: dict[str, Any]) -> None:
     for ours in row["ours"]:
-        print(f"{row['model']} {row['dtype']}, {ours['prompt_tokens']} tokens of prompt  {ours['device']}")
+        what = " ".join(filter(None, (row["model"], row["dtype"], quantization_of(row))))
+        print(f"{what}, {ours['prompt_tokens']} tokens of prompt  {ours['device']}")
         for b in ours["batches"]:
             line = f"  batch {b['batch']:>3}: step {b['decode_step_ms']:.3f} ms, prefill {b['prefill_ms']:.1f} ms"
             if b["bandwidth_fraction"]:
@@ -108,6 +112,14 @@ def _show(row: dict[str, Any]) -> None:
     print(line, flush=True)
 
 
+def _quantizations(text: str) -> list[str]:
+    found = names(text)
+    for name in found:
+        if name not in QUANTIZATIONS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(QUANTIZATIONS)}")
+    return found
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = parser_for("decode", __doc__, "decode")
     parser.add_argument("--models", type=names, default=list(ONE_GPU), help="comma-separated: " + ", ".join(MODELS))
@@ -116,8 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", type=numbers, default=[128], help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=128, help="new tokens")
     parser.add_argument("--peer-new", type=int, default=32, help="new tokens the peers generate (their step is long)")
-    parser.add_argument("--quant", default="none", help="none, int8 or int8-weight-only")
-    parser.add_argument("--quant-lm-head", action="store_true")
+    parser.add_argument(
+        "--quant", type=_quantizations, default=["none"], help="comma-separated: " + ", ".join(QUANTIZATIONS)
+    )
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--deterministic", action="store_true", help="with kernels whose rows do not depend on others")
     parser.add_argument("--kernels", action="store_true", help="time every kernel of a decode step too")

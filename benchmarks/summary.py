@@ -22,7 +22,7 @@ PEERS = {"eager": "eager", "compile": "static cache, compiled"}
 class Step(NamedTuple):
     """A decode step as measured.
 
-    quant: the scheme and whether it takes in the head, or ""; fraction: of the read bandwidth
+    quant: what `quantization_of` says; fraction: of the read bandwidth
     idle: of the time, None where not measured
     """
 
@@ -46,12 +46,14 @@ def steps(results: Iterable[Path]) -> Iterator[Step]:
                 for b in ours["batches"]:
                     floor = 1e3 * b["bytes_per_step"] / ours["read_bandwidth"]
                     tokens = (ours["prompt_tokens"], ours["new_tokens"], b["batch"])
-                    facts = (row["model"], row["dtype"], _quantization(row), *tokens)
+                    facts = (row["model"], row["dtype"], quantization_of(row), *tokens)
                     yield Step(*facts, b["decode_step_ms"], floor, b["bandwidth_fraction"], b.get("gpu_idle"))
 
 
-def _quantization(row: dict[str, Any]) -> str:
-    return row.get("quant", "") + " with the head" * row.get("quant_lm_head", False)
+def quantization_of(row: dict[str, Any]) -> str:
+    """How a row of a result is quantized, in words: "" where it is not."""
+    options = {"quant_lm_head": " with the head", "static_activations": ", static activations"}
+    return row.get("quant", "") + "".join(words for option, words in options.items() if row.get(option))
 
 
 def peers(folder: Path) -> dict[tuple[str, int, int, str], float]:
@@ -113,7 +115,7 @@ def others(folder: Path) -> list[str]:
     for path in sorted(folder.glob("prompt-*.json")):
         result = json.loads(path.read_text())
         for row in result["models"]:
-            words = " ".join(filter(None, (row["model"], _quantization(row))))
+            words = " ".join(filter(None, (row["model"], quantization_of(row))))
             for ours in row["ours"]:
                 elapsed = ours["batches"][0]["prefill_ms"]
                 what = f"prefill of {ours['prompt_tokens']} tokens, {words}"

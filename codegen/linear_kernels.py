@@ -23,7 +23,6 @@ from dscompile.codegen.tuned_table import (
     RingConfig,
     RowConfig,
     TileConfig,
-    num_sms,
     ring_config,
     row_config,
     tile_config,
@@ -32,8 +31,8 @@ from dscompile.runtime.plan import Case, Extent, Launch, Linear, Program, Scratc
 
 # Ranges of T with a kernel each; the last number of a range is the tokens of its tile.
 TILE_RANGES = ((2, 8), (9, 16), (17, 32), (33, 64), (65, 128))
-# More tokens than these are a library GEMM's. At 128 tokens linear_tile reads 28672 x 4096 float16 at 1.7 TB/s on an
-# H200, the library at 3.4 and linear_ring, which needs no kernel for its epilogue, at 3.3.
+# More tokens than these are a library GEMM's where linear_ring does not serve, which holds up to WIDEST_TILE: at 128
+# tokens linear_tile reads 28672 x 4096 float16 at 1.7 TB/s on an H200, the library at 3.4.
 TILE_TOKENS = 64
 SEPARATE_NORM_TOKENS = 64
 
@@ -73,10 +72,8 @@ def linear_program(
 
 
 def _most_tokens(spec: Linear, operands: Operands, context: KernelContext) -> int:
-    """Tokens from which on a library GEMM is faster; linear_ring holds longer where it need not share columns."""
-    if not takes_ring(spec, operands, context):
-        return TILE_TOKENS
-    return WIDEST_TILE if spec.out_features >= 64 * 1.5 * min(num_sms(t) for t in context.targets) else TILE_TOKENS
+    """Tokens up to which a library GEMM is no faster; linear_ring needs no kernel for its epilogue."""
+    return WIDEST_TILE if takes_ring(spec, operands, context) else TILE_TOKENS
 
 
 def _uses_library(spec: Linear, operands: Operands) -> bool:

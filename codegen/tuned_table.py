@@ -16,6 +16,7 @@ TUNED = Path(__file__).parent / "tuned"
 WIDEST_TILE = 128
 BULK_TOKENS = 2048
 RESERVE = 8192  # bytes of shared memory left for what the compiler may add to a ring
+LONG_ROW = 16384  # columns
 RING_COLUMNS = 64  # 128 bytes, what tensor cores read from shared memory without conflicts
 # Columns of a step by what the tensor cores multiply, which for int8 takes at least 32.
 HALF_COLUMNS = (256, 128, 64, 32, 16)
@@ -172,19 +173,20 @@ def ring_config(spec: Linear, dtype: str, tokens: int, context: KernelContext) -
 def ring_rule(spec: Linear, tokens: int, context: KernelContext) -> RingConfig:
     """The configuration for tiles of a shape that is in no table.
 
-    Each program takes half of a multiprocessor's shared memory, so that the next kernel's weights are under way while
-    this one ends. Where tiles of 64 weight rows are too few, programs share their columns, as many as run at once; of
-    few tokens one a multiprocessor, with all of its memory: measured on an H200, that beats more programs of less.
-    Blocks of 256 bytes, as each turn of the ring waits for the tensor cores once.
+    Where tiles are no more than multiprocessors, each has one with all of its shared memory, and programs share the
+    columns of tiles that are fewer: measured on an H200, that beats more programs of less. Else each program takes half
+    of the memory, so that the next kernel's weights are under way while this one ends. Of many tokens tiles are tall,
+    as rows are read once for each, where low ones would leave many multiprocessors one for two of their neighbours'.
+    Each turn of the ring waits for the tensor cores once: blocks are of 256 bytes for few tokens and for long rows.
     """
     sms = min(num_sms(t) for t in context.targets)
     block_t = min(WIDEST_TILE, max(8, next_power_of_2(tokens)))
-    block_n = 128 if block_t >= 64 and spec.out_features >= 128 * 1.5 * sms else 64
-    block_k = RING_COLUMNS * (2 if block_t < 64 else 1)
+    low_tiles = ceil_div(spec.out_features, 64)
+    block_n = 128 if block_t >= 64 and (sms < low_tiles < 1.8 * sms or low_tiles >= 3 * sms) else 64
     tiles = ceil_div(spec.out_features, block_n)
-    alone = block_t <= 32 and tiles <= sms
-    programs = sms if alone else 2 * sms
-    splits = max(1, min(programs // tiles, 4, spec.in_features // (4 * block_k)))
+    alone = tiles <= sms
+    block_k = RING_COLUMNS * (2 if block_t < 64 or (alone and spec.in_features >= LONG_ROW) else 1)
+    splits = max(1, min((sms if alone else 2 * sms) // tiles, 4, spec.in_features // (4 * block_k)))
     stage_bytes = 2 * block_k * (block_n + block_t)
     room = context.shared_budget - RESERVE if alone else context.shared_budget // 2
     stages = min(12 if alone else 6, room // stage_bytes)

@@ -71,6 +71,19 @@ def test_a_library_does_the_epilogues_that_it_knows(model: str, region: str) -> 
     assert shifted[shifted.index("mm") :] == ["mm"] + ["epilogue"] * len(spec.segments)
 
 
+@pytest.mark.parametrize("model", LINEARS)
+def test_one_kernel_does_all_of_up_to_128_tokens_on_hopper(model: str) -> None:
+    """But for the norm of more than 64, whose statistics would take the product's registers."""
+    dtype, regions = LINEARS[model]
+    for spec in regions.values():
+        program, requests = programs_for(spec, linear_operands(spec, dtype), context("sm_90"))
+        templates = {r.name: r.template for r in requests}
+        for case in (c for c in program.cases if 1 < c.min_tokens <= 128):
+            launched = [templates[launch.target] for launch in case.launches]
+            assert launched[-1] == "linear_ring"
+            assert launched[:-1] in ([], ["row_norm"]) and (spec.norm or not launched[:-1])
+
+
 @pytest.mark.parametrize("model", ATTENTIONS)
 def test_attention_is_one_kernel_in_decoding_and_two_otherwise(model: str) -> None:
     dtype, spec = ATTENTIONS[model]
@@ -146,14 +159,14 @@ def test_unmeasured_shapes_stay_within_shared_memory(target: str, tokens: int) -
 @pytest.mark.parametrize("tokens", [2, 16, 32, 64, 128])
 @pytest.mark.parametrize("model", LINEARS)
 def test_rings_leave_half_of_the_shared_memory_to_the_next_kernel(model: str, tokens: int) -> None:
-    """But for few tokens and few tiles: there each program has a multiprocessor, and all of it."""
+    """But for tiles that are no more than multiprocessors: there each program has one, and all of it."""
     for spec in LINEARS[model][1].values():
         config = ring_rule(spec, tokens, context("sm_90"))
         stage = 2 * config.block_k * (config.block_n + config.block_t)
         assert config.block_t >= tokens
         assert config.stages >= 3
         tiles = -(-spec.out_features // config.block_n)
-        if tokens <= 32 and tiles <= 132:
+        if tiles <= 132:
             assert tiles * config.splits <= 132
             assert (config.stages + 1) * stage > context("sm_90").shared_budget - 8192 or config.stages == 12
             assert config.stages * stage <= context("sm_90").shared_budget - 8192

@@ -54,6 +54,22 @@ def test_command(module, words, keys, folder, tmp_path, monkeypatch):
     assert keys <= row.keys()
 
 
+def test_decode_measures_quantizations_beside_each_other(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(MODELS, "tiny", (tiny, "float32"))
+    words = "--models tiny --batch 1 --prompt 5 --new 4 --repeat 1 --quant none,int8+head,int8+static --device cpu"
+    monkeypatch.setattr(sys, "argv", ["decode", *words.split(), "--artifacts", str(folder), "--out", str(tmp_path)])
+    import_module("benchmarks.decode").main()
+    rows = json.loads((tmp_path / "decode.json").read_text())["models"]
+    found = [(row.get("quant"), row.get("quant_lm_head"), row.get("static_activations")) for row in rows]
+    assert found == [(None, None, None), ("int8", True, None), ("int8", None, True)]
+    assert all(0.25 <= row["quantized_of_16_bit"] <= 0.6 for row in rows[1:])
+    assert "tiny float32 int8, static activations, 5 tokens" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["decode", "--quant", "int7"])
+    with pytest.raises(SystemExit):
+        import_module("benchmarks.decode").main()
+    assert "'int7' is none of none, int8" in capsys.readouterr().err
+
+
 def test_figures_survive_one_that_fails_and_end_in_time(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(MODELS, "tiny", (tiny, "float32"))
     monkeypatch.setattr(sys, "argv", ["figures"])
