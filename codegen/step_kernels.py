@@ -7,6 +7,8 @@ from dscompile.runtime.cuda_state import MAX_EOS_IDS, TURNS, StateLayout
 from dscompile.runtime.plan import Case, Extent, Launch, Plan, Program, Sample, Scratch, Symbol
 
 BLOCK = 2048  # vocabulary ids of a program, at most
+FEW_ROWS = 8
+MANY_IDS = 8192  # the same of a greedy choice for more than FEW_ROWS: programs are many, and their beginnings and ends
 NUM_WARPS = 8
 BINS = 1024  # parts into which one launch divides the interval of a threshold
 COPIES = 8  # of what the parts weigh
@@ -79,23 +81,16 @@ class _Sampling:
     """The programs that choose tokens from logits [R, V] whose rows are `stride` elements apart."""
 
     def __init__(self, plan: Plan, stride: int) -> None:
-        block = min(BLOCK, max(256, 1 << (plan.vocab_size - 1).bit_length()))
-        self._splits = -(-plan.vocab_size // block)
         layout = StateLayout.of(plan)
+        self._vocab = plan.vocab_size
         self._seen_words = layout.seen_words
-        self._constants = {
-            "V": plan.vocab_size,
-            "ROWS": layout.rows,
-            "STRIDE": stride,
-            "BLOCK": block,
-            "SPLITS": self._splits,
-            "SPLITS_POW2": 1 << (self._splits - 1).bit_length(),
-        }
+        self._constants = {"V": plan.vocab_size, "ROWS": layout.rows, "STRIDE": stride}
 
     def greedy(self) -> tuple[Program, list[KernelRequest]]:
         args = f"in.logits {ROW_STATE} {RESULTS} scratch.best scratch.token scratch.mass"
-        kernel = self._kernel("sample_greedy", args, {})
-        return self._program([kernel], "best token mass"), [kernel[0]]
+        few, many = (self._kernel("sample_greedy", args, {}, block=block) for block in (BLOCK, MANY_IDS))
+        cases = (Case(1, FEW_ROWS, (few[1],)), Case(FEW_ROWS + 1, 0, (many[1],)))
+        return self._program(cases, "best token mass"), list({k.name: k for k, _ in (few, many)}.values())
 
     def full(self) -> tuple[Program, list[KernelRequest]]:
         """Open the search, narrow it twice, end it and choose."""
@@ -117,23 +112,37 @@ class _Sampling:
         )
         kernels = [start, *narrow, choose]
         names = "best raw_best token mass row_floats row_ints row_mass histogram listed list"
-        return self._program(kernels, names), [request for request, _ in kernels]
+        cases = (Case(1, 0, tuple(launch for _, launch in kernels)),)
+        return self._program(cases, names), [request for request, _ in kernels]
 
     def _kernel(
-        self, template: str, args: str, constants: dict, structure: dict | None = None, num_warps: int = NUM_WARPS
+        self,
+        template: str,
+        args: str,
+        constants: dict,
+        structure: dict | None = None,
+        num_warps: int = NUM_WARPS,
+        block: int = BLOCK,
     ) -> tuple[KernelRequest, Launch]:
         args += " scratch.arrived"
+        block = min(block, max(256, 1 << (self._vocab - 1).bit_length()))
+        splits = self._splits(block)
+        constants = constants | {"BLOCK": block, "SPLITS": splits, "SPLITS_POW2": 1 << (splits - 1).bit_length()}
         request = _request(template, args, self._constants | constants, num_warps=num_warps, structure=structure or {})
-        grid = (Extent(self._splits), Extent(1, "B"))
+        grid = (Extent(splits), Extent(1, "B"))
         return request, Launch("kernel", request.name, tuple(args.split()), grid)
 
-    def _program(self, kernels: list[tuple[KernelRequest, Launch]], scratch: str) -> Program:
+    def _splits(self, block: int) -> int:
+        """Programs of a row."""
+        return -(-self._vocab // block)
+
+    def _program(self, cases: tuple[Case, ...], scratch: str) -> Program:
         sizes = {"row_floats": 8, "row_ints": 16, "row_mass": 16, "histogram": 8 * BINS * COPIES}
         sizes |= {"listed": 4, "list": 8 * LIST, "arrived": 4}
         return Program(
-            (Case(1, 0, tuple(launch for _, launch in kernels)),),
+            cases,
             tuple(
-                Scratch(name, "B", sizes.get(name, 4 * self._splits), zeroed=name in ZEROED)
+                Scratch(name, "B", sizes.get(name, 4 * self._splits(BLOCK)), zeroed=name in ZEROED)
                 for name in [*scratch.split(), "arrived"]
             ),
         )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dscompile.codegen.aot import compile_kernels
-from dscompile.codegen.step_kernels import step_kernels
+from dscompile.codegen.step_kernels import FEW_ROWS, step_kernels
 from dscompile.runtime.cuda_batch import Seats, stage_ragged, stage_seen
 from dscompile.runtime.cuda_device import CudaDevice
 from dscompile.runtime.cuda_memory import Arena, ScratchMemory
@@ -23,7 +23,7 @@ from dscompile.runtime.sampler import SamplingParams, sample_row
 from dscompile.runtime.sequence import Sequence
 from tests.runtime_cuda.simulated import SimulatedDevice, write_kernels
 
-MAX_BATCH = 8
+MAX_BATCH = FEW_ROWS + 1
 TURN = 2
 
 OPTIONS = [

@@ -7,22 +7,25 @@ import math
 import pytest
 import torch
 
-from dscompile.codegen.step_kernels import BLOCK, LIST
+from dscompile.codegen.step_kernels import BLOCK, LIST, MANY_IDS
 from dscompile.runtime.executor import BatchRow
-from tests.runtime_cuda.sampling import OPTIONS, Sampler, expected, sequence
+from tests.runtime_cuda.sampling import MAX_BATCH, OPTIONS, Sampler, expected, sequence
 
 
-@pytest.mark.parametrize("vocab", [1, 37, BLOCK, BLOCK + 1, 2 * BLOCK + 533])
-def test_greedy_takes_the_best_and_the_lowest_of_equals(tmp_path, vocab):
+@pytest.mark.parametrize(
+    ("vocab", "rows"),
+    [*((v, 3) for v in (1, 37, BLOCK, BLOCK + 1, 2 * BLOCK + 533)), *((v, MAX_BATCH) for v in (37, MANY_IDS + 533))],
+)
+def test_greedy_takes_the_best_and_the_lowest_of_equals(tmp_path, vocab, rows):
     sampler = Sampler(tmp_path, vocab, cols=vocab + 11)
     torch.manual_seed(vocab)
-    logits = torch.randn(3, vocab) * 3
+    logits = torch.randn(rows, vocab) * 3
     logits[1, vocab // 2] = logits[1, -1] = 50.0
-    sequences = [sequence(i, [0]) for i in range(3)]
+    sequences = [sequence(i, [0]) for i in range(rows)]
     tokens, logprobs = sampler(logits, sequences, "step.sample_greedy")
     assert tokens == logits.argmax(-1).tolist()
     assert tokens[1] == vocab // 2
-    wanted = logits.double().log_softmax(-1)[range(3), tokens]
+    wanted = logits.double().log_softmax(-1)[range(rows), tokens]
     torch.testing.assert_close(torch.tensor(logprobs).double(), wanted, atol=2e-6, rtol=1e-5)
 
 
