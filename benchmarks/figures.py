@@ -53,7 +53,6 @@ JOBS = (
     Job(f"decode --models {LLAMA} --batch 1 --prompt 8000,32000 --new 64 --name decode-long", ()),
     Job("cold_start", (GPTJ,)),
     Job("regions", (LLAMA, BLOOM, GPTJ)),
-    Job("rule", ()),
     Job(
         f"decode --models {LLAMA} --batch 1,8 --quant int8-weight-only --name decode-{LLAMA}-weights",
         (LLAMA,),
@@ -61,6 +60,7 @@ JOBS = (
     ),
     Job(f"decode --models {LLAMA} --batch 1,32 --deterministic --name deterministic", ()),
     Job("compile_time", ()),
+    Job("rule", ()),
 )
 
 
