@@ -21,7 +21,7 @@ def machine_facts() -> dict[str, Any]:
     """GPU and its clocks, versions, commit."""
     facts: dict[str, Any] = {
         "python": platform.python_version(),
-        "commit": _command("git", "rev-parse", "HEAD") or os.environ.get("COMMIT"),
+        "commit": os.environ.get("COMMIT") or _command("git", "rev-parse", "HEAD"),
     }
     for package in ("torch", "triton", "transformers"):
         try:

@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 
 from benchmarks.machine import RESULTS
 
+STEP = ("dscompile, ms", "floor, ms", "of the bandwidth", "GPU idle")
+SHOWN_QUANT = "int8 with the head"
 PEERS = {"eager": "eager", "compile": "static cache, compiled"}
 
 
 class Step(NamedTuple):
     """A decode step as measured.
 
-    quant: what `quantization_of` says; fraction: of the read bandwidth
-    idle: of the time, None where not measured
+    quant: what `quantization_of` says; fraction: of the read bandwidth; idle: of the time, None where not measured
     """
 
     model: str
@@ -41,13 +42,20 @@ class Step(NamedTuple):
 def steps(results: Iterable[Path]) -> Iterator[Step]:
     """Every decode step of some results."""
     for path in sorted(results):
-        for row in json.loads(path.read_text())["models"]:
+        rows = json.loads(path.read_text())["models"]
+        ceiling = ceiling_of(rows)
+        for row in rows:
             for ours in row["ours"]:
                 for b in ours["batches"]:
-                    floor = 1e3 * b["bytes_per_step"] / ours["read_bandwidth"]
+                    floor = 1e3 * b["bytes_per_step"] / ceiling
                     tokens = (ours["prompt_tokens"], ours["new_tokens"], b["batch"])
                     facts = (row["model"], row["dtype"], quantization_of(row), *tokens)
-                    yield Step(*facts, b["decode_step_ms"], floor, b["bandwidth_fraction"], b.get("gpu_idle"))
+                    yield Step(*facts, b["decode_step_ms"], floor, floor / b["decode_step_ms"], b.get("gpu_idle"))
+
+
+def ceiling_of(rows: Iterable[dict[str, Any]]) -> float:
+    """The read bandwidth of a run in bytes per second: the most of those measured in it."""
+    return max(ours["read_bandwidth"] for row in rows for ours in row["ours"])
 
 
 def quantization_of(row: dict[str, Any]) -> str:
@@ -68,24 +76,32 @@ def peers(folder: Path) -> dict[tuple[str, int, int, str], float]:
 
 
 def decode(folder: Path) -> list[str]:
-    """Decode steps against their floor and the peers."""
-    lines = _head("", "batch", "context", "dscompile, ms", "floor, ms", "of the bandwidth", "GPU idle", *PEERS.values())
+    """Decode steps against their floor and the peers: of models as they are, and of the fastest quantization."""
+    lines = _head("", "batch", "context", *STEP, *PEERS.values())
     others = peers(folder)
     for s in sorted(steps(folder.glob("decode-*.json"))):
-        beside = [None if s.quant else others.get((s.model, s.prompt, s.batch, peer)) for peer in PEERS]
-        lines.append(
-            _line(
-                " ".join(filter(None, (s.model, s.dtype, s.quant))),
-                s.batch,
-                f"{s.prompt}-{s.prompt + s.new}",
-                f"**{s.elapsed_ms:.2f}**",
-                f"{s.floor_ms:.2f}",
-                f"{100 * s.fraction:.0f}%",
-                "" if s.idle is None else f"{100 * s.idle:.1f}%",
-                *("" if elapsed is None else f"{elapsed:.1f}" for elapsed in beside),
-            )
-        )
+        if s.quant in ("", SHOWN_QUANT):
+            beside = [None if s.quant else others.get((s.model, s.prompt, s.batch, peer)) for peer in PEERS]
+            lines.append(_line(*_cells(s), *("" if elapsed is None else f"{elapsed:.1f}" for elapsed in beside)))
     return lines
+
+
+def int8(folder: Path) -> list[str]:
+    """Decode steps of quantized models beside each other."""
+    found = (s for s in sorted(steps(folder.glob("decode-*.json"))) if s.quant)
+    return [*_head("", "batch", "context", *STEP), *(_line(*_cells(s)) for s in found)]
+
+
+def _cells(s: Step) -> tuple[object, ...]:
+    return (
+        " ".join(filter(None, (s.model, s.dtype, s.quant))),
+        s.batch,
+        f"{s.prompt}-{s.prompt + s.new}",
+        f"**{s.elapsed_ms:.2f}**",
+        f"{s.floor_ms:.2f}",
+        f"{100 * s.fraction:.0f}%",
+        "" if s.idle is None else f"{100 * s.idle:.1f}%",
+    )
 
 
 def regions(folder: Path) -> list[str]:
@@ -155,6 +171,7 @@ def outliers(folder: Path) -> list[str]:
 
 TABLES = {
     "decode": decode,
+    "int8": int8,
     "regions": regions,
     "others": others,
     "deterministic": deterministic,

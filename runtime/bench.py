@@ -15,6 +15,7 @@ from dscompile.runtime.plan import Plan
 from dscompile.runtime.traffic import bytes_by_kernel, bytes_per_step
 
 BANDWIDTH_BYTES = 4 << 30
+BANDWIDTH_SUMS = 100
 WARM_UPS = 2
 
 
@@ -40,18 +41,21 @@ def bench(engine: Any, batches: Sequence[int], prompt_tokens: int, new_tokens: i
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second of the best of five sums over 4 GiB of float32 (less where memory is short)."""
+    """Bytes per second of the best of many sums over 4 GiB of float32 (less where memory is short).
+
+    As many come before them: clocks of a GPU that has been idle take a tenth of a second to rise.
+    """
     free, _ = torch.cuda.mem_get_info(device)
     data = torch.ones(min(BANDWIDTH_BYTES, free // 2) // 4, device=device)
     times = []
-    for _ in range(WARM_UPS + 5):
+    for _ in range(2 * BANDWIDTH_SUMS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         data.sum()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
-    return data.numel() * 4 / min(times[WARM_UPS:])
+    return data.numel() * 4 / min(times[BANDWIDTH_SUMS:])
 
 
 def kernel_times(
