@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -134,9 +134,9 @@ def stage_ragged(
     """Write the inputs of any step, which writes what it chooses to `turn` of `DeviceState.told`. returns (T, R)."""
     fields = staging.fields
     fields["turn"][0] = turn
-    starts = np.cumsum([0, *(row.num_tokens for row in batch.rows)])
-    logits = np.cumsum([0, *(row.num_logits for row in batch.rows)])
-    num_rows, num_tokens, num_logits = len(batch.rows), int(starts[-1]), int(logits[-1])
+    starts = [0, *accumulate(row.num_tokens for row in batch.rows)]
+    logits = [0, *accumulate(row.num_logits for row in batch.rows)]
+    num_rows, num_tokens, num_logits = len(batch.rows), starts[-1], logits[-1]
     fields["seq_starts"][: num_rows + 1] = starts
     for i, ((first, stop), row) in enumerate(zip(pairwise(starts), batch.rows, strict=True)):
         positions = np.arange(row.start, row.start + row.num_tokens)

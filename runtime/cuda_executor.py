@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -48,7 +49,7 @@ class Slot:
 
     turn: int
     staging: Staging
-    told: torch.Tensor
+    told: np.ndarray
     event: Any
 
 
@@ -70,15 +71,14 @@ class CudaPending:
         return self._result
 
     def _read(self) -> StepResult:
-        tokens, logprobs = self.slot.told[0].numpy(), self.slot.told[1].numpy().view(np.float32)
-        rows = self.batch.rows
-        sampled = np.array([row.sample for row in rows])
-        asked = np.array([row.sample and row.sequence.params.logprobs for row in rows])
-        return StepResult(
-            np.where(sampled, tokens[self.seats], -1).tolist(),
-            np.where(asked, logprobs[self.seats], np.nan).tolist(),
-            self.logits,
-        )
+        rows, told = self.batch.rows, self.slot.told[:, self.seats]
+        tokens = [token if row.sample else -1 for row, token in zip(rows, told[0].tolist(), strict=True)]
+        asked = [row.sample and row.sequence.params.logprobs for row in rows]
+        logprobs = [math.nan] * len(rows)
+        if any(asked):
+            found = told[1].view(np.float32).tolist()
+            logprobs = [value if wanted else math.nan for value, wanted in zip(found, asked, strict=True)]
+        return StepResult(tokens, logprobs, self.logits)
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ class CudaExecutor:
 
     def _make_slot(self, turn: int) -> Slot:
         staging = Staging(self._state.layout, self._gpu.pinned)
-        return Slot(turn, staging, self._state.told[turn], self._gpu.event())
+        return Slot(turn, staging, self._state.told[turn].numpy(), self._gpu.event())
 
 
 def _sampler(plain: bool) -> str:

@@ -290,9 +290,9 @@ class Engine:
                 f"the prompt has {len(tokens)} tokens, the artifact takes {self.plan.max_seq_len}; shorten it, "
                 "or compile with a larger --max-seq-len"
             )
-        for token in tokens:
-            if not 0 <= token < self.plan.vocab_size:
-                raise UserError(f"token id {token} is out of range: the vocabulary has {self.plan.vocab_size}")
+        if min(tokens) < 0 or max(tokens) >= self.plan.vocab_size:
+            wrong = next(token for token in tokens if not 0 <= token < self.plan.vocab_size)
+            raise UserError(f"token id {wrong} is out of range: the vocabulary has {self.plan.vocab_size}")
         return tokens
 
 
@@ -308,9 +308,10 @@ def _as_list(prompts: Any) -> list[Prompt]:
 def _ids(prompt: Any) -> list[int]:
     try:
         values = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
-        if any(isinstance(t, bool) for t in values):
+        kinds = set(map(type, values))
+        if bool in kinds:
             raise TypeError
-        return [operator.index(t) for t in values]
+        return values if kinds <= {int} else [operator.index(t) for t in values]
     except TypeError as error:
         raise UserError("a prompt is a string or a list of token ids (whole numbers)") from error
 
