@@ -13,7 +13,7 @@ from rich.console import Console
 from dscompile.runtime import command
 from dscompile.runtime.manifest import read_manifest
 from dscompile.runtime.report import Report
-from dscompile.runtime.report_text import format_bytes, summary_lines, verification_line
+from dscompile.runtime.report_text import accuracy_lines, format_bytes, summary_lines, verification_line
 
 EXAMPLE_PROMPT = "Once upon a time"
 
@@ -92,7 +92,7 @@ def _summary(report: Report, out: Path) -> None:
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     facts = [str(report.model[key]) for key in ("dtype", "target") if report.model.get(key)]
     print(f"{out}: {format_bytes(size)}, {', '.join(facts)}")
-    for line in (*summary_lines(report), verification_line(report.verification)):
+    for line in (*summary_lines(report), verification_line(report.verification), *accuracy_lines(report)):
         print(f"  {line}")
     prompt = f"-p {shlex.quote(EXAMPLE_PROMPT)}" if (out / "tokenizer.json").exists() else "--tokens 1,2,3"
     command = "embed" if read_manifest(out).pooling else "generate"

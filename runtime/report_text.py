@@ -96,6 +96,20 @@ def verification_line(verification: Verification) -> str:
     return ": ".join(parts[:2]) + "".join(f", {p}" for p in parts[2:])
 
 
+def accuracy_lines(report: Report) -> list[str]:
+    """One sentence: what quantization costs in perplexity; none where nothing is quantized."""
+    found = report.quantization
+    if not found:
+        return []
+    schemes = [found["scheme"]] * (found["scheme"] != "none") + ["an int8 cache"] * (found["kv_dtype"] == "int8")
+    what = " and ".join(schemes)
+    if "increase_percent" not in found:
+        return [f"Accuracy of {what} not measured: there is no text"]
+    before, after = found["perplexity_before"], found["perplexity_after"]
+    growth = f"{found['increase_percent']:+.2f} % (limit {found['max_increase_percent']:g} %)"
+    return [f"Perplexity {before:.2f} -> {after:.2f} with {what}: {growth}"]
+
+
 def _parts(report: Report) -> Iterator[RenderableType]:
     yield _heading(report)
     for layer_class in report.classes:

@@ -14,7 +14,14 @@ from rich.console import Console
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.report import Region, Report, read_report
 from dscompile.runtime.report_html import render_html
-from dscompile.runtime.report_text import format_bytes, launches_by_range, layer_ranges, print_report, summary_lines
+from dscompile.runtime.report_text import (
+    accuracy_lines,
+    format_bytes,
+    launches_by_range,
+    layer_ranges,
+    print_report,
+    summary_lines,
+)
 from tests.surfaces.sample import full_report, least_report
 
 
@@ -75,6 +82,29 @@ def test_summary_counts() -> None:
         "32 layers in 2 classes, 5 regions per layer",
         "2 near misses, 1 fallback, 8.2 MiB of activation traffic saved per token",
     ]
+
+
+@pytest.mark.parametrize(
+    ("facts", "line"),
+    [
+        ({}, None),
+        ({"scheme": "int8", "kv_dtype": "int8"}, "Accuracy of int8 and an int8 cache not measured: there is no text"),
+        (
+            {
+                "scheme": "none",
+                "kv_dtype": "int8",
+                "perplexity_before": 10.5023,
+                "perplexity_after": 10.5233,
+                "increase_percent": 0.2,
+                "max_increase_percent": 1.0,
+            },
+            "Perplexity 10.50 -> 10.52 with an int8 cache: +0.20 % (limit 1 %)",
+        ),
+    ],
+)
+def test_what_quantization_costs_is_one_sentence(facts: dict, line: str | None) -> None:
+    report = dataclasses.replace(full_report(), quantization=facts)
+    assert accuracy_lines(report) == ([line] if line else [])
 
 
 def test_layer_ranges() -> None:
