@@ -2,8 +2,8 @@
 
     python -m benchmarks.figures --artifacts DIR --seconds 400
 
-Artifacts are compiled first. A measurement that fails is printed and the next one begins; each writes its result when
-it is done.
+Artifacts that jobs name are compiled first. A measurement that fails is printed and the next one begins; each writes
+its result when it is done.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main() -> None:
 def run(jobs: Sequence[Job], folder: Path, out: Path, device: str, end: float) -> list[str]:
     """Measure, until `end` on the monotonic clock; returns the commands that failed."""
     failed = []
-    compile_artifacts(jobs, folder)
+    compile_artifacts(jobs, folder, end)
     for job in jobs:
         if time.monotonic() >= end:
             print(f"no time left for: {job.command}", flush=True)
@@ -89,11 +89,15 @@ def run(jobs: Sequence[Job], folder: Path, out: Path, device: str, end: float) -
     return failed
 
 
-def compile_artifacts(jobs: Sequence[Job], folder: Path) -> None:
-    """Compile what the jobs read and is not there yet, before anything is measured: steps would wait for the cores."""
+def compile_artifacts(jobs: Sequence[Job], folder: Path, end: float) -> None:
+    """Compile what the jobs name and is not there yet, before anything is measured: steps would wait for the cores.
+
+    What is not ready at `end` is left to the job that needs it.
+    """
     needed = {(model, quant) for job in jobs for model in job.models for quant in job.quantizations}
     with multiprocessing.get_context("spawn").Pool(COMPILING) as pool:
-        pool.starmap(_compile, [(*what, folder) for what in sorted(needed)], chunksize=1)
+        compiled = pool.starmap_async(_compile, [(*what, folder) for what in sorted(needed)], chunksize=1)
+        compiled.wait(max(0.0, end - time.monotonic()))
 
 
 def _compile(model: str, quant: str, folder: Path) -> None:

@@ -27,9 +27,17 @@ OURS, INT8, FLOOR = "#0b61a4", "#3a9a5b", "#d1495b"
 def main() -> None:
     args = _parse()
     results = [json.loads(path.read_text()) for path in args.results]
-    models = [result["models"] for result in results]
-    draw(models, peers(args.results[0].parent), results[0]["machine"], args.png)
+    draw(by_model(results), peers(args.results[0].parent), results[0]["machine"], args.png)
     print(args.png)
+
+
+def by_model(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The rows of each model of each run."""
+    models: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for n, result in enumerate(results):
+        for row in result["models"]:
+            models.setdefault((n, row["model"]), []).append(row)
+    return list(models.values())
 
 
 def series(rows: list[dict[str, Any]], others: dict[tuple, float]) -> dict[str, list[tuple[int, float]]]:

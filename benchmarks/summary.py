@@ -140,9 +140,11 @@ def others(folder: Path) -> list[str]:
 
 
 def deterministic(folder: Path) -> list[str]:
-    """What --deterministic costs, beside the usual kernels at the same context."""
+    """What --deterministic costs, beside the usual kernels at the same context and commit."""
     lines = _head("", "batch", "decode step, ms", "usual, ms")
-    usual = {(s.model, s.prompt, s.batch): s.elapsed_ms for s in steps(folder.glob("decode-*.json")) if not s.quant}
+    measured = _result(folder, "deterministic")
+    same = (p for p in folder.glob("decode-*.json") if _commit(json.loads(p.read_text())) == _commit(measured))
+    usual = {(s.model, s.prompt, s.batch): s.elapsed_ms for s in steps(same) if not s.quant}
     for s in steps(folder.glob("deterministic.json")):
         beside = usual.get((s.model, s.prompt, s.batch))
         cells = (f"{s.model} {s.dtype}", s.batch, f"{s.elapsed_ms:.2f}", "" if beside is None else f"{beside:.2f}")
@@ -187,6 +189,10 @@ def fill(text: str, folder: Path = RESULTS) -> str:
         return "\n".join([found[1], "", *TABLES[found[2]](folder), "", found[3]])
 
     return re.sub(r"(<!-- table (\w+) -->)\n.*?(<!-- end -->)", table, text, flags=re.S)
+
+
+def _commit(result: dict[str, Any]) -> str | None:
+    return result.get("machine", {}).get("commit")
 
 
 def _head(*names: str) -> list[str]:

@@ -186,7 +186,7 @@ def ring_rule(spec: Linear, tokens: int, context: KernelContext) -> RingConfig:
     tiles = ceil_div(spec.out_features, block_n)
     alone = tiles <= sms
     block_k = RING_COLUMNS * (2 if block_t < 64 or (alone and spec.in_features >= LONG_ROW) else 1)
-    splits = max(1, min((sms if alone else 2 * sms) // tiles, 4, spec.in_features // (4 * block_k)))
+    splits = max(1, min(sms // tiles, 4, spec.in_features // (4 * block_k)))
     stage_bytes = 2 * block_k * (block_n + block_t)
     room = context.shared_budget - RESERVE if alone else context.shared_budget // 2
     stages = min(12 if alone else 6, room // stage_bytes)

@@ -212,7 +212,8 @@ class CudaExecutor:
             self._bound.eager("step.gather").launch(sizes, decode, stream)
         self._bound.eager().launch(sizes, decode, stream)
         if sampled:
-            self._bound.eager(_sampler(all(r.sequence.params.plain for r in sampled))).launch(sizes, decode, stream)
+            sampler = self._bound.eager(_sampler(all(r.sequence.params.plain for r in sampled)))
+            sampler.launch(replace(sizes, T=sizes.B), decode, stream)
         return seats
 
     def _upload(self, batch: Batch, seats: np.ndarray, slot: Slot) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from dscompile.runtime.driver import Driver
+from dscompile.runtime.errors import UserError
 from dscompile.runtime.executor import max_logit_rows
 from dscompile.runtime.plan import Plan
 
@@ -142,11 +143,16 @@ class DeviceState:
         self.seen = torch.zeros(layout.rows, layout.seen_words, dtype=torch.int32, device=device)
 
     def address(self, name: str, group: int = 0) -> int:
-        """The device address of `step.name`; of block_table and slots, the group's part."""
+        """The device address of `step.name`; of block_table and slots, the group's part.
+
+        Raises UserError for a name that only another version's kernels know.
+        """
         if name == "block_table":
             return self.block_tables.data_ptr() + 4 * group * self.layout.rows * self.layout.blocks
         if name in ("sampled", "told", "seen"):
             return getattr(self, name).data_ptr()
+        if name not in self.layout.fields:
+            raise UserError(f"a kernel reads step.{name}, which this runtime lacks: compile the model again")
         first, _ = self.layout.fields[name]
         return self.uploaded.data_ptr() + 4 * (first + (group * self.layout.tokens if name == "slots" else 0))
 

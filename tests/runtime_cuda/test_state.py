@@ -19,7 +19,7 @@ from dscompile.runtime.cuda_batch import (
 )
 from dscompile.runtime.cuda_executor import graph_sizes
 from dscompile.runtime.cuda_memory import Arena, ScratchMemory
-from dscompile.runtime.cuda_state import MAX_EOS_IDS, Staging, StateLayout
+from dscompile.runtime.cuda_state import MAX_EOS_IDS, DeviceState, Staging, StateLayout
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.executor import Batch, BatchRow
 from dscompile.runtime.plan import Buffer, Case, KVGroup, Plan, Program, Ref, Scratch
@@ -222,3 +222,10 @@ def test_scratch_is_shared_unless_it_must_stay_zero():
     assert scratch.address("q", "x") - scratch.address("q", "sums") >= 16 * 100
     assert scratch.view("q", "sums").shape == (16, 100)
     assert scratch.num_bytes == {False: 1792 + 256, True: 512}
+
+
+def test_a_name_that_only_another_version_knows_is_refused_in_one_line():
+    state = DeviceState(plan(), torch.device("cpu"), None, pinned)
+    assert state.address("tokens")
+    with pytest.raises(UserError, match=r"step\.logprobs, which this runtime lacks: compile the model again"):
+        state.address("logprobs")

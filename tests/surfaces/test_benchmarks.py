@@ -89,3 +89,5 @@ def test_every_figure_names_a_command_and_its_models():
         assert callable(import_module(f"benchmarks.{module}").main)
         named = {part.split(":")[0] for word in words for part in word.split(",")} & set(MODELS)
         assert named <= set(job.models) or not job.models
+        asked = words[words.index("--quant") + 1] if "--quant" in words else "none"
+        assert asked.split(",") == list(job.quantizations) or not job.models
