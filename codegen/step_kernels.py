@@ -7,8 +7,8 @@ from dscompile.runtime.cuda_state import MAX_EOS_IDS, TURNS, StateLayout
 from dscompile.runtime.plan import Case, Extent, Launch, Plan, Program, Sample, Scratch, Symbol
 
 BLOCK = 2048  # vocabulary ids of a program, at most
+MANY_IDS = 8192  # the same of a greedy choice for more than FEW_ROWS, whose programs would mostly begin and end
 FEW_ROWS = 8
-MANY_IDS = 8192  # the same of a greedy choice for more than FEW_ROWS: programs are many, and their beginnings and ends
 NUM_WARPS = 8
 BINS = 1024  # parts into which one launch divides the interval of a threshold
 COPIES = 8  # of what the parts weigh
