@@ -204,7 +204,7 @@ class CudaExecutor:
         seats = self._seats.seat(batch.rows)
         num_tokens, num_logits = stage_ragged(slot.staging, batch, seats, self._seats, self.plan.page_size, slot.turn)
         self._upload(batch, seats, slot)
-        sizes = Sizes(num_tokens, len(batch.rows), num_logits, self._state.layout.blocks)
+        sizes = Sizes(num_tokens, len(batch.rows), num_logits, self._state.layout.blocks, longest_context(batch))
         sampled = [row for row in batch.rows if row.sample]
         decode = all(row.num_tokens == 1 for row in batch.rows)
         stream = self._gpu.stream

@@ -8,10 +8,12 @@ import pytest
 
 from benchmarks.kernel_shapes import ATTENTIONS, LINEARS, attention_operands, linear_operands
 from dscompile.codegen.operands import KernelContext, Operand
+from dscompile.codegen.prefill_kernels import SHORT_PROMPT
 from dscompile.codegen.select import programs_for
 from dscompile.codegen.tune import linear_candidates, row_candidates, tile_candidates
 from dscompile.codegen.tuned_table import TileConfig, ring_rule, tile_config
 from dscompile.runtime.errors import UserError
+from dscompile.runtime.kernels import choose_case, context_bounds
 from dscompile.runtime.plan import KVGroup, Moe, Program, Router, Segment
 
 LINEAR_CASES = [(m, r) for m, (_, regions) in LINEARS.items() for r in regions]
@@ -98,18 +100,29 @@ def test_attention_is_one_kernel_in_decoding_and_two_otherwise(model: str) -> No
 
 
 @pytest.mark.parametrize("model", ATTENTIONS)
-def test_attention_of_many_tokens_takes_the_ring_on_hopper_alone(model: str) -> None:
+def test_attention_of_many_tokens_takes_tensor_cores_on_hopper_alone(model: str) -> None:
     dtype, spec = ATTENTIONS[model]
     operands = attention_operands(spec, dtype, 4096)
 
-    def template(*targets: str, kv_dtype: str = dtype) -> str:
+    def template(longest: int, *targets: str, kv_dtype: str = dtype) -> str:
         group = KVGroup(32, spec.num_kv_heads, spec.head_dim, spec.v_head_dim, kv_dtype)
         program, requests = programs_for(spec, operands, context(*targets, group=group))
         names = {r.name: r.template for r in requests}
-        return names[program.cases[-1].launches[-1].target]
+        case = choose_case(program, 2000, False, longest)
+        assert case is not None
+        return names[case.launches[-1].target]
 
-    assert template("sm_90") == "attention_ring"
-    assert template("sm_80", "sm_90") == template("sm_90", kv_dtype="int8") == "attention_prefill"
+    assert template(1024, "sm_90") == "attention_ring"
+    assert template(1025, "sm_90") == ("attention_long" if spec.head_dim <= 128 else "attention_ring")
+    assert template(2000, "sm_80", "sm_90") == template(2000, "sm_90", kv_dtype="int8") == "attention_prefill"
+
+
+@pytest.mark.parametrize("model", ATTENTIONS)
+def test_bounds_of_prompts_add_no_graphs_of_decode_steps(model: str) -> None:
+    dtype, spec = ATTENTIONS[model]
+    group = KVGroup(32, spec.num_kv_heads, spec.head_dim, spec.v_head_dim, dtype)
+    program, _ = programs_for(spec, attention_operands(spec, dtype, 4096), context("sm_90", group=group))
+    assert SHORT_PROMPT not in context_bounds([program], 128)
 
 
 def test_few_tokens_with_wide_heads_take_smaller_programs() -> None:
