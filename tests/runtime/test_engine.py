@@ -183,6 +183,42 @@ def test_more_prompts_than_the_batch_takes():
     assert [r.tokens for r in results] == [dense_greedy(model, p, 3) for p in prompts]
 
 
+def prompts_by_start(engine):
+    """A list that gathers the first token of each sequence when its first step is launched."""
+    started, launch = [], engine.executor.launch
+
+    def launched(batch):
+        started.extend(row.tokens[0] for row in batch.rows if row.start == 0)
+        return launch(batch)
+
+    engine.executor.launch = launched
+    return started
+
+
+def test_a_call_begins_with_the_prompts_of_most_new_tokens():
+    model = make_model(max_batch=2)
+    engine = make_engine(model)
+    started = prompts_by_start(engine)
+    by_default = SamplingParams()
+    params = [SamplingParams(max_new_tokens=n) if n else by_default for n in (3, 9, 0, 3, 12, 9)]
+    prompts = [[i] for i in range(1, 7)]
+    results = engine.generate(prompts, params)
+    assert started == [3, 5, 2, 6, 1, 4]
+    assert engine.counters["steps"] == 64  # the longest's, beside which all others have been served
+    for prompt, one, result in zip(prompts, params, results, strict=True):
+        assert result == make_engine(model).generate([prompt], one)[0]
+
+
+def test_requests_that_are_added_are_first_come_first_served():
+    engine = make_engine(max_batch=1)
+    started = prompts_by_start(engine)
+    for prompt, count in (([1], 2), ([2], 5), ([3], 1), ([4], 9)):
+        engine.add_request(prompt, max_new_tokens=count)
+    while engine.has_work:
+        engine.step()
+    assert started == [1, 2, 3, 4]
+
+
 # ---------------------------------------------------------------- steps in flight
 
 
