@@ -29,7 +29,7 @@ from dscompile.runtime.weights import ROW_SUM, make_weight
 
 BATCHES = (1, *(high for _, high in TILE_RANGES))
 CONTEXT_TOKENS = 128
-STEPS = 48  # half of them are more than it takes to read 128 such prompts
+STEPS = 96  # half of them are more than it takes to read 128 such prompts
 WORTHWHILE = 0.997
 """A candidate must take less than this part of the best time so far; the spread of a step's time is about 0.2%."""
 

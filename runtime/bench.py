@@ -59,7 +59,7 @@ def read_bandwidth(device: torch.device) -> float:
 
 
 def kernel_times(
-    engine: Any, batch: int, prompt_tokens: int, steps: int = 32, bandwidth: float | None = None
+    engine: Any, batch: int, prompt_tokens: int, steps: int = 64, bandwidth: float | None = None
 ) -> list[dict[str, Any]]:
     """GPU time per kernel of a decode step, slowest first, from the difference of two profiled generations.
 

@@ -14,7 +14,7 @@ from dscompile.runtime.sequence import Sequence
 # Most tokens of a step in which sequences decode: each of them waits for as many between two tokens of its own, and a
 # queue of prompts is read beside them, not before them. More sequences than half of this leave prompts as many tokens
 # as they take.
-MIXED_TOKENS = 1024
+MIXED_TOKENS = 512
 
 
 class Scheduler:
