@@ -133,7 +133,7 @@ def prefill_request(
     numbers |= {"GP": group_padded, "BM": config.rows, "TOKENS": config.rows // group_padded, "BN": config.keys}
     int8 = context.kv_groups[spec.group].dtype == "int8"
     numbers |= {"LOG2E": LOG2E, "FACTOR": LOG2E * (1.0 if int8 else spec.scale)}
-    numbers["PROGRAMS"] = config.programs
+    numbers |= {"PROGRAMS": config.programs, "SEQUENCES": next_power_of_2(context.max_batch)}
     structure = structure_of(spec, operands) | {
         "one_page": context.page_size % config.keys == 0,
         "split_loop": not spec.window and not spec.chunk and (spec.causal or config.template != "attention_prefill"),

@@ -228,7 +228,6 @@ def install() -> None:
     language = SimpleNamespace(
         arange=lambda start, stop, layout: tl.arange(start, stop),
         full=lambda shape, value, dtype, layout: tl.full(shape, value, dtype),
-        to_tensor=lambda x: tl.full((), x, tl.int32),
         constexpr=tl.constexpr,
         zeros=lambda shape, dtype, layout: tl.zeros(shape, dtype),
         convert_layout=lambda x, layout: x,
