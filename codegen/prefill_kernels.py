@@ -91,7 +91,7 @@ def prefill_configs(
     if config.template != "attention_ring" or least > 64 or context.deterministic:
         return ((1, 0, 0, config),)
     if spec.head_dim > 128:
-        return (1, FEW_TOKENS, 0, replace(config, rows=64, num_warps=4)), (FEW_TOKENS + 1, 0, 0, config)
+        return (1, FEW_TOKENS, 0, replace(config, rows=64, keys=32, num_warps=4)), (FEW_TOKENS + 1, 0, 0, config)
     short = replace(config, keys=32 if spec.head_dim > 64 else 64)
     if context.max_seq_len <= SHORT_PROMPT:
         return ((1, 0, 0, short),)
