@@ -181,4 +181,4 @@ def _stage_seats(staging: Staging, seats: np.ndarray, mirror: Seats) -> None:
     for name, values in mirror.sampling.items():
         staging.fields[name][:count] = values[seats]
     staging.fields["eos_ids"][:count] = mirror.eos_ids[seats]
-    staging.table_array[:, :count, :width] = mirror.tables[:, seats, :width]
+    staging.fields["block_table"][:, :count, :width] = mirror.tables[:, seats, :width]
