@@ -8,6 +8,7 @@ kernels also write to pinned host memory, so that nothing is copied back between
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,7 @@ MAX_EOS_IDS = 16
 FIELD_ALIGNMENT = 64  # words
 TURNS = 3  # steps whose results stay in host memory, one more than may be in flight; a constant of the kernels
 
-# Sampling of a row: copied from the seat of its sequence.
+# Sampling of a row: copied from the seat of its sequence. They follow each other in memory, so that one copy does.
 SEAT_FIELDS: dict[str, Any] = {
     "temperature": np.float32,
     "repetition_penalty": np.float32,
@@ -93,7 +94,7 @@ class StateLayout:
         fields, first = {}, 0
         for name, count in counts.items():
             fields[name] = (first, count)
-            first += -(-count // FIELD_ALIGNMENT) * FIELD_ALIGNMENT
+            first += _aligned(count)
         return fields
 
     @property
@@ -103,7 +104,10 @@ class StateLayout:
 
 
 class Staging:
-    """Host memory from which one step's state is copied."""
+    """Host memory from which one step's state is copied.
+
+    fields: the arrays of `StateLayout.fields`; sampling [len(SEAT_FIELDS), >= B] int32: all SEAT_FIELDS as one.
+    """
 
     def __init__(self, layout: StateLayout, pinned: Callable[..., torch.Tensor]) -> None:
         self._layout, self._pinned = layout, pinned
@@ -120,11 +124,18 @@ class Staging:
             "block_table": (layout.groups, layout.rows, layout.blocks),
         }
         self.fields |= {name: self.fields[name].reshape(shape) for name, shape in shapes.items()}
+        first, _ = layout.fields[next(iter(SEAT_FIELDS))]
+        rows = (len(SEAT_FIELDS), _aligned(layout.rows))
+        self.sampling = words[first : first + math.prod(rows)].reshape(rows)
 
     @cached_property
     def seen(self) -> torch.Tensor:
         """[rows, seen_words] int32, made on first use: only requests with a repetition penalty need it."""
         return self._pinned(self._layout.rows, self._layout.seen_words)
+
+
+def _aligned(count: int) -> int:
+    return -(-count // FIELD_ALIGNMENT) * FIELD_ALIGNMENT
 
 
 class DeviceState:
