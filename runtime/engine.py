@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import operator
-import random
+import secrets
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -269,7 +269,7 @@ class Engine:
         if params.stop and self.tokenizer is None:
             raise UserError("this artifact has no tokenizer, so stop strings cannot be found; leave stop out")
         eos = self.eos_ids if params.eos_token_ids is None else frozenset(params.eos_token_ids)
-        seed = random.SystemRandom().getrandbits(63) if params.seed is None else params.seed
+        seed = secrets.randbits(63) if params.seed is None else params.seed
         eos = frozenset() if params.ignore_eos else frozenset(t for t in eos if 0 <= t < self.plan.vocab_size)
         return Sequence(self._id(), tokens, params, seed, eos)
 
