@@ -181,8 +181,8 @@ def decode_request(
     arguments = Arguments(operands)
     arguments.bind("in.q", *["in.k", "in.v"] * spec.appends)
     bind_norms(arguments, spec, "qkv")
-    slots = ["step.slots"] * spec.appends
-    bind_attention(arguments, spec, context, "step.context_lens", "step.block_table", *slots)
+    more = [*["step.positions"] * bool(spec.rotary_dim), *["step.slots"] * spec.appends]
+    bind_attention(arguments, spec, context, "step.context_lens", "step.block_table", *more)
     arguments.bind(*["in.gate"] * (spec.gate != "none"), "out.y")
     if splits > 1:
         arguments.bind_memory("scratch.parts", "float32")
