@@ -1,6 +1,6 @@
 """Attention over ragged batches of many tokens, alone: time and TFLOP/s of its kernel, by case and configuration.
 
-    python -m benchmarks.attention [--cases llama3-8b:8191,...] [--configs 64:64:4:528:2:ring,...]
+    python -m benchmarks.attention [--cases llama3-8b:8191,...] [--configs 64:32:4:528:2:ring,128:128:4:528:3:long]
 
 Rows of the result are compared with softmax attention in float64.
 """
@@ -21,7 +21,7 @@ from benchmarks.kernel_shapes import ATTENTIONS, attention_operands
 from benchmarks.kernels import TORCH, Kernels, error_of, graph_us
 from benchmarks.machine import RESULTS, write_result
 from dscompile.codegen.operands import KernelContext
-from dscompile.codegen.prefill_kernels import PrefillConfig, prefill_config, prefill_request
+from dscompile.codegen.prefill_kernels import PrefillConfig, prefill_configs, prefill_request
 from dscompile.runtime.plan import Attention, KVGroup
 
 PAGE, LIMIT, LAYERS = 16, 32768, 4
@@ -155,7 +155,7 @@ def main() -> None:
         group = KVGroup(LAYERS, spec.num_kv_heads, spec.head_dim, spec.v_head_dim, dtype)
         context = KernelContext((args.target,), PAGE, LIMIT, 256, 2048, (group,))
         operands = attention_operands(spec, dtype, LIMIT)
-        configs = [_config(c) for c in args.configs] or [prefill_config(spec, operands, context)]
+        configs = [_config(c) for c in args.configs] or [c for *_, c in prefill_configs(spec, operands, context)]
         made = [(c, *prefill_request(spec, operands, context, c)) for c in configs]
         work.append((case, spec, dtype, sequences, made))
     began = time.time()
@@ -178,20 +178,20 @@ def main() -> None:
 
 
 def _config(text: str) -> PrefillConfig:
-    rows, keys, warps, programs, stages, *kind = text.split(":")
-    return PrefillConfig(int(rows), int(keys), int(warps), int(programs), int(stages), kind == ["ring"])
+    rows, keys, warps, programs, stages, kind = [*text.split(":"), "prefill"][:6]
+    return PrefillConfig(int(rows), int(keys), int(warps), int(programs), int(stages), f"attention_{kind}")
 
 
 def _text(config: PrefillConfig) -> str:
     sizes = f"{config.rows}:{config.keys}:{config.num_warps}:{config.programs}:{config.stages}"
-    return f"{sizes}:ring" if config.ring else sizes
+    return f"{sizes}:{config.template.removeprefix('attention_')}"
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=names, default=list(CASES))
     parser.add_argument(
-        "--configs", type=names, default=[], help="rows:keys:warps:programs:stages[:ring], else the rule's"
+        "--configs", type=names, default=[], help="rows:keys:warps:programs:stages[:ring|:long], else the rule's"
     )
     parser.add_argument("--target", default="sm_90")
     parser.add_argument("--processes", type=int, default=16)

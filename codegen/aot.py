@@ -20,6 +20,8 @@ from dscompile.codegen.emit import DESCRIPTOR_BYTES, KernelRequest, render
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.plan import Cubin, Kernel
 
+CACHE_FORMAT = 2  # of the facts kept beside a cubin
+
 
 class KernelError(RuntimeError):
     """A kernel that does not compile, or does not fit its target."""
@@ -97,7 +99,7 @@ def _build(request: KernelRequest, target: str, kernels_dir: Path, workers: _Wor
         file=f"{kernels_dir.name}/{path.name}",
         symbol=facts["symbol"],
         shared=facts["shared"],
-        num_warps=request.num_warps,
+        num_warps=facts["num_warps"],
         registers=facts["registers"],
         spills=facts["spills"],
         pdl=bool(options.get("launch_pdl", False)),
@@ -174,7 +176,7 @@ class _Workers:
 
 def _key(request: KernelRequest, target: str, options: dict) -> str:
     params = [[p.name, p.type, p.aligned] for p in request.params]
-    data = [render(request), params, target, options, toolchain()]
+    data = [render(request), params, target, options, toolchain(), CACHE_FORMAT]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

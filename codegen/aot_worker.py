@@ -47,6 +47,7 @@ def compile_cubin(
     return {
         "symbol": compiled.metadata.name,
         "shared": compiled.metadata.shared,
+        "num_warps": compiled.metadata.num_warps,
         "scratch": compiled.metadata.global_scratch_size,
         "registers": registers,
         "spills": spills,

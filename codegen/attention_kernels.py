@@ -1,4 +1,4 @@
-"""Kernels of attention over the paged cache: one for decoding, two for ragged batches of many tokens."""
+"""Kernels of attention over the paged cache: for decoding, and for ragged batches of many tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dscompile.codegen.attention_structure import (
 )
 from dscompile.codegen.emit import KernelRequest, kernel_request
 from dscompile.codegen.operands import Arguments, KernelContext, Operands, ceil_div, next_power_of_2
-from dscompile.codegen.prefill_kernels import prefill_launch, prefill_ranges
+from dscompile.codegen.prefill_kernels import prefill_configs, prefill_launch
 from dscompile.codegen.single_kernels import single_case, single_configs, single_sizes
 from dscompile.codegen.tuned_table import num_sms
 from dscompile.runtime.plan import Attention, Case, Extent, Launch, Program, Scratch
@@ -62,10 +62,10 @@ def attention_program(
         append, fill = _append_launch(spec, operands, context)
         requests.append(append)
         before.append(fill)
-    for low, high, prefill in prefill_ranges(spec, operands, context):
+    for low, high, bound, prefill in prefill_configs(spec, operands, context):
         request, attend = prefill_launch(spec, operands, context, prefill)
         requests.append(request)
-        cases.append(Case(low, high, (*before, attend)))
+        cases.append(Case(low, high, (*before, attend), decode=False if bound else None, max_context=bound))
     scratch = tuple(Scratch(n, "1", s, zeroed=n == "arrivals") for n, s in sizes.items() if s)
     return Program(tuple(cases), scratch), tuple(requests)
 
@@ -181,8 +181,8 @@ def decode_request(
     arguments = Arguments(operands)
     arguments.bind("in.q", *["in.k", "in.v"] * spec.appends)
     bind_norms(arguments, spec, "qkv")
-    slots = ["step.slots"] * spec.appends
-    bind_attention(arguments, spec, context, "step.context_lens", "step.block_table", *slots)
+    more = [*["step.positions"] * bool(spec.rotary_dim), *["step.slots"] * spec.appends]
+    bind_attention(arguments, spec, context, "step.context_lens", "step.block_table", *more)
     arguments.bind(*["in.gate"] * (spec.gate != "none"), "out.y")
     if splits > 1:
         arguments.bind_memory("scratch.parts", "float32")

@@ -101,11 +101,9 @@ def bind_norms(arguments: Arguments, spec: Attention, which: str) -> None:
             arguments.bind(*[f"w.{x}_norm_weight"] * norm.weight, *[f"w.{x}_norm_bias"] * norm.bias)
 
 
-def bind_attention(
-    arguments: Arguments, spec: Attention, context: KernelContext, *step: str, rope: bool = True
-) -> None:
-    if spec.rotary_dim and rope:
-        arguments.bind("w.rope_cos", "w.rope_sin", "step.positions")
+def bind_attention(arguments: Arguments, spec: Attention, context: KernelContext, *step: str) -> None:
+    if spec.rotary_dim:
+        arguments.bind("w.rope_cos", "w.rope_sin")
     arguments.bind(*["w.alibi_slopes"] * spec.alibi, *["w.sinks"] * spec.sinks)
     arguments.bind_memory("kv", kv_type(spec, context))
     arguments.bind(*step)

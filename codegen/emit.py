@@ -17,7 +17,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 GLUON = [
     "from triton.experimental import gluon",
     "from triton.experimental.gluon import language as gl",
-    "from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared",
+    "from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier",
     "from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait",
 ]
 

@@ -38,7 +38,7 @@ def product_launch(spec: Linear, index: int, product: Product, x: str) -> Launch
     more = ("w.bias",) * product.bias + ("in.residual0",) * product.residual
     segment = spec.segments[index]
     rows = (segment.start, segment.stop) if len(spec.segments) > 1 else None
-    return Launch("library", product.name, (x, "w.weight", f"out.y{index}", "T", *more), rows=rows)
+    return Launch("library", product.name, (x, "w.weight", f"out.y{index}", spec.rows, *more), rows=rows)
 
 
 def epilogue_launch(spec: Linear, segment: Segment, index: int, operands: Operands) -> tuple[KernelRequest, Launch]:

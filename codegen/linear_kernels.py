@@ -28,6 +28,7 @@ from dscompile.codegen.tuned_table import (
     tile_config,
 )
 from dscompile.runtime.plan import Case, Extent, Launch, Linear, Program, Scratch
+from dscompile.runtime.products import Product
 
 # Ranges of T with a kernel each; the last number of a range is the tokens of its tile.
 TILE_RANGES = ((2, 8), (9, 16), (17, 32), (33, 64), (65, 128))
@@ -72,13 +73,16 @@ def linear_program(
 
 
 def _most_tokens(spec: Linear, operands: Operands, context: KernelContext) -> int:
-    """Tokens up to which a library GEMM is no faster; linear_ring needs no kernel for its epilogue."""
-    return WIDEST_TILE if takes_ring(spec, operands, context) else TILE_TOKENS
+    """Tokens up to which a library GEMM is no faster; linear_ring needs no kernel for its epilogue, and logits none."""
+    return WIDEST_TILE if takes_ring(spec, operands, context) and spec.rows == "T" else TILE_TOKENS
 
 
 def _uses_library(spec: Linear, operands: Operands) -> bool:
-    """A library GEMM writes the dtype it reads; logits are float32 from float16 rows."""
-    return spec.rows == "T" and len({operands[r].dtype for r in ("in.x", "w.weight", "out.y0")}) == 1
+    """A library GEMM writes the dtype it reads, or as it is to float32: logits without an epilogue."""
+    read, stored = {operands[r].dtype for r in ("in.x", "w.weight")}, operands["out.y0"].dtype
+    if spec.rows == "T":
+        return read == {stored}
+    return len(read) == 1 and stored == "float32" and whole_products(spec, operands) == [Product()]
 
 
 # ---------------------------------------------------------------- one row

@@ -1,4 +1,4 @@
-"""Kernels that attend in steps of many tokens: one in Triton for every architecture, one in Gluon for Hopper."""
+"""Kernels that attend in steps of many tokens: one in Triton for every architecture, two in Gluon for Hopper."""
 
 from __future__ import annotations
 
@@ -22,19 +22,28 @@ from dscompile.runtime.plan import Attention, Extent, Launch
 
 LOG2E = 1.4426950408889634
 FEW_TOKENS = 512
+# Contexts beyond this are long. Measured on an H200, Llama-3-8B: 16 prompts of 32 to 512 tokens take attention_ring
+# 79 us and attention_long 105, one prompt of 2,040 tokens 97 and 86, and of 8,191 tokens 1188 and 943.
+SHORT_PROMPT = 1024
+# Registers of a thread of attention_long: of the second half of the rows (the first has what is left), and of those
+# that copy. A multiprocessor has 64K.
+ROW_REGISTERS, COPY_REGISTERS = 232, 48
 
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """attention_ring, or else attention_prefill: rows (tokens times heads of a group) of a program, keys of a step,
-    programs that fill the GPU twice; pipeline depth, which is always two for the ring."""
+    """What attends: rows (tokens times heads of a group) of a program, keys of a step, programs that fill the GPU
+    twice, depth of the pipeline.
+
+    num_warps: of a program; in attention_long of each of its three parts
+    """
 
     rows: int
     keys: int
     num_warps: int
     programs: int
     stages: int = 2
-    ring: bool = False
+    template: str = "attention_prefill"
 
 
 def prefill_config(spec: Attention, operands: Operands, context: KernelContext) -> PrefillConfig:
@@ -49,7 +58,7 @@ def prefill_config(spec: Attention, operands: Operands, context: KernelContext) 
     programs = 4 * min(num_sms(t) for t in context.targets)
     if takes_ring(spec, operands, context):
         rows = max(128 if columns > 128 else 64, least)
-        return PrefillConfig(rows, 64, rows // 16, programs, ring=True)
+        return PrefillConfig(rows, 64, rows // 16, programs, template="attention_ring")
     keys = keys_of_a_step(spec, operands, context)
     if context.kv_groups[spec.group].dtype == "int8" and columns <= 128:
         return PrefillConfig(max(128, least), keys, 8, programs, stages=3)
@@ -67,19 +76,27 @@ def _shared_bytes(columns: int, rows: int, keys: int, stages: int) -> int:
     return 2 * columns * (rows + 2 * stages * keys)
 
 
-def prefill_ranges(
+def prefill_configs(
     spec: Attention, operands: Operands, context: KernelContext
-) -> tuple[tuple[int, int, PrefillConfig], ...]:
-    """Ranges of a step's tokens (first, last; 0: no last) and their configurations; deterministic programs have one.
+) -> tuple[tuple[int, int, int, PrefillConfig], ...]:
+    """Ranges of a step's tokens (first, last; 0: no last), the longest context (0: no bound) and the configuration of
+    each; deterministic programs have one.
 
     Of heads of 256 columns, few tokens are few programs, and smaller ones end sooner. Measured on an H200, GPT-J: 128
-    tokens 7.8 us instead of 10.7, but 1,900 tokens 104 instead of 79.
+    tokens 7.8 us instead of 10.7, but 1,900 tokens 104 instead of 79. Of narrower heads, long sequences want keys read
+    seldom, and short ones small steps: Llama-3-8B, 16 prompts of 32 to 512 tokens, 79 us with 32 keys, 95 with 64.
     """
     config = prefill_config(spec, operands, context)
     least = next_power_of_2(spec.num_heads // spec.num_kv_heads)
-    if not config.ring or spec.head_dim <= 128 or least > 64 or context.deterministic:
-        return ((1, 0, config),)
-    return (1, FEW_TOKENS, replace(config, rows=64, num_warps=4)), (FEW_TOKENS + 1, 0, config)
+    if config.template != "attention_ring" or least > 64 or context.deterministic:
+        return ((1, 0, 0, config),)
+    if spec.head_dim > 128:
+        return (1, FEW_TOKENS, 0, replace(config, rows=64, keys=32, num_warps=4)), (FEW_TOKENS + 1, 0, 0, config)
+    short = replace(config, keys=32 if spec.head_dim > 64 else 64)
+    if context.max_seq_len <= SHORT_PROMPT:
+        return ((1, 0, 0, short),)
+    long = PrefillConfig(128, 128, 4, config.programs, 3, "attention_long")
+    return (1, 0, SHORT_PROMPT, short), (1, 0, 0, long)
 
 
 def takes_ring(spec: Attention, operands: Operands, context: KernelContext) -> bool:
@@ -116,18 +133,20 @@ def prefill_request(
     numbers |= {"GP": group_padded, "BM": config.rows, "TOKENS": config.rows // group_padded, "BN": config.keys}
     int8 = context.kv_groups[spec.group].dtype == "int8"
     numbers |= {"LOG2E": LOG2E, "FACTOR": LOG2E * (1.0 if int8 else spec.scale)}
-    numbers["PROGRAMS"] = config.programs
+    numbers |= {"PROGRAMS": config.programs, "SEQUENCES": next_power_of_2(context.max_batch)}
     structure = structure_of(spec, operands) | {
         "one_page": context.page_size % config.keys == 0,
-        "split_loop": not spec.window and not spec.chunk and (spec.causal or config.ring),
+        "split_loop": not spec.window and not spec.chunk and (spec.causal or config.template != "attention_prefill"),
         "shaped": bool(spec.softcap or spec.alibi or spec.scale <= 0),
     }
-    if config.ring:
+    if config.template != "attention_prefill":
         numbers |= {"WARPS": config.num_warps, "Q_ROWS": min(config.rows, 4 * config.num_warps)}
-    else:
+    if config.template != "attention_ring":
         numbers["STAGES"] = config.stages
+    if config.template == "attention_long":
+        numbers |= {"ROW_REGISTERS": ROW_REGISTERS, "COPY_REGISTERS": COPY_REGISTERS}
     request = kernel_request(
-        "attention_ring" if config.ring else "attention_prefill",
+        config.template,
         numbers,
         arguments.params,
         structure=structure,

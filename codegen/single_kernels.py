@@ -94,7 +94,8 @@ def single_request(
     """The kernel for a step of one sequence with one token, and its arguments."""
     arguments = Arguments(operands)
     arguments.bind("in.q", "in.k", "in.v")
-    bind_attention(arguments, spec, context, "step.context_lens", "step.block_table", "step.slots")
+    positions = ["step.positions"] * bool(spec.rotary_dim)
+    bind_attention(arguments, spec, context, "step.context_lens", "step.block_table", "step.slots", *positions)
     arguments.bind("out.y")
     if config.splits > 1:
         arguments.bind_memory("scratch.parts", "float32")

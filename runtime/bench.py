@@ -59,16 +59,18 @@ def read_bandwidth(device: torch.device) -> float:
 
 
 def kernel_times(
-    engine: Any, batch: int, prompt_tokens: int, steps: int = 16, bandwidth: float | None = None
+    engine: Any, batch: int, prompt_tokens: int, steps: int = 64, bandwidth: float | None = None
 ) -> list[dict[str, Any]]:
     """GPU time per kernel of a decode step, slowest first, from the difference of two profiled generations.
 
+    steps: by which they differ; more than it takes to read the prompts, beside which the first sequences decode.
     bandwidth: bytes per second, of which kernels that read weights or the cache are given the fraction they reach.
     Kernels of a step overlap: a kernel's time is what it adds, so that the times of a step sum to the step's.
     """
     if engine.device.type != "cuda":
         raise UserError("--kernels times GPU kernels; this engine runs on the CPU (leave --kernels out)")
     prompts = _prompts(engine.plan, batch, prompt_tokens)
+    steps = min(steps, (engine.plan.max_seq_len - prompt_tokens) // 2)
     long, short = (_profile(engine, prompts, n + 1) for n in (2 * steps, steps))
     per_step: dict[str, tuple[float, float]] = {}
     for name, (count, total) in long.items():

@@ -47,6 +47,7 @@ class Shape:
     n: int
     k: int
     dtype: torch.dtype
+    out_dtype: torch.dtype
     strides: tuple[int, ...]
     alignments: tuple[int, ...]
     product: Product
@@ -116,8 +117,8 @@ class CublasLt:
     def _layouts(self, shape: Shape, rows: int) -> tuple[Handle, Handle, Handle]:
         """Of x, residual and out."""
         _, x, residual, out = shape.strides
-        added = self.layout(shape.dtype, shape.n, rows, residual)
-        return self.layout(shape.dtype, shape.k, rows, x), added, self.layout(shape.dtype, shape.n, rows, out)
+        added, stored = (self.layout(shape.out_dtype, shape.n, rows, stride) for stride in (residual, out))
+        return self.layout(shape.dtype, shape.k, rows, x), added, stored
 
     def _best(self, shape: Shape, rows: int, description: Handle, layouts: tuple[Handle, ...]) -> Any:
         found, count = Heuristic(), ctypes.c_int()
@@ -180,7 +181,7 @@ class BoundProduct:
         n, k = weight.shape
         strides = tuple(m.stride(0) for m in operands)
         alignments = tuple(alignment_of(m.data_ptr()) for m in operands)
-        self._shape = Shape(n, k, weight.dtype, strides, alignments, product)
+        self._shape = Shape(n, k, weight.dtype, out.dtype, strides, alignments, product)
         bias = 0 if matrices.bias is None else matrices.bias.data_ptr()
         self._description = library.describe(self._shape, bias)
         self._weight = library.layout(weight.dtype, k, n, weight.stride(0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
-from itertools import accumulate, pairwise
+from struct import pack_into
 
 import numpy as np
 
@@ -30,16 +30,18 @@ class Seats:
         self._seats: OrderedDict[int, int] = OrderedDict()
         self._free = list(range(layout.rows - 1, -1, -1))
         self._num_blocks = [0] * layout.rows
-        self.tables = np.zeros((layout.groups, layout.rows, layout.blocks), np.int32)
-        self.sampling = {name: np.zeros(layout.rows, kind) for name, kind in SEAT_FIELDS.items()}
+        self.tables = np.zeros((layout.groups, layout.rows, layout.blocks), np.int64)
+        self.sampling = np.zeros((len(SEAT_FIELDS), layout.rows), np.int32)
+        kinds = zip(SEAT_FIELDS.items(), self.sampling, strict=True)
+        self._sampling = {name: values.view(kind) for (name, kind), values in kinds}
         self.eos_ids = np.full((layout.rows, MAX_EOS_IDS), -1, np.int32)
 
     def seat(self, rows: Seq[BatchRow]) -> np.ndarray:
-        """Seat the sequences of a batch and bring their mirrors up to date. returns [B] int32."""
+        """Seat the sequences of a batch and bring their mirrors up to date. returns [B] int64."""
         for row in rows:
             if row.sequence.id in self._seats:
                 self._seats.move_to_end(row.sequence.id)
-        return np.array([self._seat(row) for row in rows], np.int32)
+        return np.array([self._seat(row) for row in rows])
 
     def append_blocks(self, sequence: Sequence, seat: int) -> None:
         """Take over the blocks that a running sequence got since the last call."""
@@ -51,7 +53,12 @@ class Seats:
 
     def num_blocks(self, seats: np.ndarray) -> int:
         """The longest block table of these seats."""
-        return max((self._num_blocks[s] for s in seats), default=0)
+        return max((self._num_blocks[s] for s in seats.tolist()), default=0)
+
+    def blocks(self, pages: np.ndarray) -> np.ndarray:
+        """The blocks of pages [n], counted through the tables of all seats one after another. returns [groups, n]"""
+        groups, rows, columns = self.tables.shape
+        return self.tables.reshape(groups, rows * columns).take(pages, axis=1)
 
     def _seat(self, row: BatchRow) -> int:
         sequence = row.sequence
@@ -80,9 +87,9 @@ class Seats:
             "min_position": sequence.num_prompt + params.min_new_tokens if params.min_new_tokens else 0,
         }
         for name, value in values.items():
-            self.sampling[name][seat] = value
-        self.eos_ids[seat] = -1
-        if params.min_new_tokens:
+            self._sampling[name][seat] = value
+        if params.min_new_tokens:  # else nothing reads them
+            self.eos_ids[seat] = -1
             self.eos_ids[seat, : len(sequence.eos_ids)] = sorted(sequence.eos_ids)
 
 
@@ -133,24 +140,35 @@ def stage_ragged(
 ) -> tuple[int, int]:
     """Write the inputs of any step, which writes what it chooses to `turn` of `DeviceState.told`. returns (T, R)."""
     fields = staging.fields
+    span = mirror.tables.shape[2] * page_size  # tokens that a seat may hold
+    tokens: list[int] = []
+    shifts = []  # what makes an index among the step's tokens one among the tokens of all seats, `span` each
+    seq_starts, context_lens, told_to, sample_rows = [0], [], [], []
+    logit_rows: list[int] = []
+    fields["sources"][:] = -1
+    for row, seat in zip(batch.rows, seats.tolist(), strict=True):
+        if row.tokens is None:
+            fields["sources"][len(tokens)] = seat
+        shifts.append(seat * span + row.start - len(tokens))
+        tokens += (0,) if row.tokens is None else row.tokens
+        seq_starts.append(len(tokens))
+        context_lens.append(row.start + row.num_tokens)
+        told_to.append(seat if row.sample else -1)
+        logit_rows += range(len(tokens) - row.num_logits, len(tokens))
+        sample_rows.append(max(len(logit_rows) - 1, 0))
     fields["turn"][0] = turn
-    starts = [0, *accumulate(row.num_tokens for row in batch.rows)]
-    logits = [0, *accumulate(row.num_logits for row in batch.rows)]
-    num_rows, num_tokens, num_logits = len(batch.rows), starts[-1], logits[-1]
-    fields["seq_starts"][: num_rows + 1] = starts
-    for i, ((first, stop), row) in enumerate(zip(pairwise(starts), batch.rows, strict=True)):
-        positions = np.arange(row.start, row.start + row.num_tokens)
-        fields["positions"][first:stop] = positions
-        fields["context_lens"][i] = row.start + row.num_tokens
-        fields["tokens"][first:stop] = 0 if row.tokens is None else row.tokens
-        fields["sources"][first:stop] = seats[i] if row.tokens is None else -1
-        blocks = mirror.tables[:, seats[i], positions // page_size]
-        fields["slots"][:, first:stop] = blocks * page_size + positions % page_size
-        fields["logit_rows"][logits[i] : logits[i + 1]] = np.arange(stop - row.num_logits, stop)
-        fields["seats"][i] = seats[i] if row.sample else -1
-        fields["sample_rows"][i] = max(logits[i + 1] - 1, 0)
+    fields["seq_starts"][: len(seq_starts)] = seq_starts
+    fields["context_lens"][: len(context_lens)] = context_lens
+    fields["seats"][: len(told_to)] = told_to
+    fields["sample_rows"][: len(sample_rows)] = sample_rows
+    fields["logit_rows"][: len(logit_rows)] = logit_rows
+    num_tokens = len(tokens)
+    pack_into(f"{num_tokens}i", fields["tokens"], 0, *tokens)  # in half the time of assigning a list
+    places = np.arange(num_tokens) + np.array(shifts).repeat([row.num_tokens for row in batch.rows])
+    fields["positions"][:num_tokens] = places % span
+    fields["slots"][:, :num_tokens] = mirror.blocks(places // page_size) * page_size + places % page_size
     _stage_seats(staging, seats, mirror)
-    return num_tokens, num_logits
+    return num_tokens, len(logit_rows)
 
 
 def stage_new_blocks(staging: Staging, batch: Batch, seats: np.ndarray, mirror: Seats, page_size: int) -> bool:
@@ -178,7 +196,6 @@ def stage_seen(staging: Staging, row: BatchRow, seat: int) -> None:
 
 def _stage_seats(staging: Staging, seats: np.ndarray, mirror: Seats) -> None:
     count, width = len(seats), mirror.num_blocks(seats)
-    for name, values in mirror.sampling.items():
-        staging.fields[name][:count] = values[seats]
-    staging.fields["eos_ids"][:count] = mirror.eos_ids[seats]
-    staging.table_array[:, :count, :width] = mirror.tables[:, seats, :width]
+    staging.sampling[:, :count] = mirror.sampling.take(seats, axis=1)
+    staging.fields["eos_ids"][:count] = mirror.eos_ids.take(seats, axis=0)
+    staging.fields["block_table"][:, :count, :width] = mirror.tables[:, seats, :width]

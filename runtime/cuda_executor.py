@@ -204,9 +204,9 @@ class CudaExecutor:
         seats = self._seats.seat(batch.rows)
         num_tokens, num_logits = stage_ragged(slot.staging, batch, seats, self._seats, self.plan.page_size, slot.turn)
         self._upload(batch, seats, slot)
-        sizes = Sizes(num_tokens, len(batch.rows), num_logits, self._state.layout.blocks)
+        sizes = Sizes(num_tokens, len(batch.rows), num_logits, self._state.layout.blocks, longest_context(batch))
         sampled = [row for row in batch.rows if row.sample]
-        decode = all(row.num_tokens == 1 for row in batch.rows)
+        decode = num_tokens == len(batch.rows)
         stream = self._gpu.stream
         if any(row.tokens is None for row in batch.rows):
             self._bound.eager("step.gather").launch(sizes, decode, stream)
@@ -219,10 +219,10 @@ class CudaExecutor:
     def _upload(self, batch: Batch, seats: np.ndarray, slot: Slot) -> None:
         stream = self._gpu.stream
         self._state.upload(slot.staging, len(seats), self._seats.num_blocks(seats), stream)
-        for row, seat in zip(batch.rows, seats, strict=True):
+        for row, seat in zip(batch.rows, seats.tolist(), strict=True):
             if row.sample and row.tokens is not None and row.sequence.params.repetition_penalty != 1:
                 stage_seen(slot.staging, row, seat)
-                self._state.upload_seen(slot.staging, int(seat), stream)
+                self._state.upload_seen(slot.staging, seat, stream)
 
     def _context_bound(self, batch: Batch, size: int) -> int:
         """The least bound on which launches depend that no context of the batch exceeds, 0 where there is none."""

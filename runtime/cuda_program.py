@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import replace
@@ -13,7 +14,7 @@ from dscompile.runtime.cuda_memory import Arena, ScratchMemory
 from dscompile.runtime.cuda_state import DeviceState
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.executor import StepInputs
-from dscompile.runtime.kernels import Bindings, KernelTable, Sizes, choose_case
+from dscompile.runtime.kernels import Bindings, BoundKernel, BoundLibrary, KernelTable, Sizes, choose_case
 from dscompile.runtime.kv_cache import KVPool
 from dscompile.runtime.plan import Aten, Attention, KeepRows, Plan, Ref, Sample, Step
 
@@ -26,20 +27,28 @@ class BoundStep:
         self._layout = layout
         self.keeps_rows = isinstance(step.spec, KeepRows)
         self._program = owner.plan.programs[step.program]
-        self._cases: dict[int, list] = {}
+        self._cases: dict[int, list[BoundKernel | BoundLibrary]] = {}
         self._bindings = Bindings(self._address, self._tensor)
 
-    def launch(self, sizes: Sizes, decode: bool, stream: int) -> None:
-        count = sizes.T
-        if not count:
-            return
-        case = choose_case(self._program, count, decode, sizes.context)
+    @property
+    def bounds(self) -> set[int]:
+        """Counts of rows from which on another case may fit than for one row less."""
+        cases = self._program.cases
+        return {case.min_tokens for case in cases} | {case.max_tokens + 1 for case in cases if case.max_tokens}
+
+    @property
+    def contexts(self) -> set[int]:
+        """Contexts beyond which another case may fit."""
+        return {case.max_context for case in self._program.cases if case.max_context}
+
+    def launches(self, sizes: Sizes, decode: bool) -> Seq[BoundLaunch]:
+        """What runs the step at these sizes."""
+        case = choose_case(self._program, sizes.T, decode, sizes.context)
         if case is None:
-            raise UserError(f"the plan has no launch for step {self._step.name} at {count} rows; compile it again")
+            raise UserError(f"the plan has no launch for step {self._step.name} at {sizes.T} rows; compile it again")
         if id(case) not in self._cases:
             self._cases[id(case)] = [self._owner.table.bind(launch, self._bindings) for launch in case.launches]
-        for bound in self._cases[id(case)]:
-            bound.launch(sizes, stream)
+        return self._cases[id(case)]
 
     def _ref(self, kind: str, role: str) -> Ref:
         refs = self._step.inputs if kind == "in" else self._step.outputs
@@ -77,13 +86,18 @@ class AtenStep:
     """A step that torch executes, outside the vocabulary; bound to views anew when the number of rows changes."""
 
     keeps_rows = False
+    bounds: frozenset[int] = frozenset()
+    contexts: frozenset[int] = frozenset()
 
     def __init__(self, owner: BoundPlan, step: Step, layout: dict[str, int] | None) -> None:
         self._owner, self._step, self._layout, self.name = owner, step, layout, step.name
         self._rows = -1
         self._run: ops.Run | None = None
 
-    def launch(self, sizes: Sizes, decode: bool, stream: int) -> None:
+    def launches(self, sizes: Sizes, decode: bool) -> Seq[BoundLaunch]:
+        return (self,)
+
+    def launch(self, sizes: Sizes, stream: int) -> None:
         rows = sizes.rows(self._owner.plan.buffers[self._step.outputs["y"].buffer].rows)
         if rows != self._rows:
             inputs, outputs = (
@@ -100,21 +114,48 @@ _NONE = torch.empty(0)
 _NO_INPUTS = StepInputs(_NONE, _NONE, _NONE, _NONE, [], [], [], [])  # an ATen call reads none of them
 
 
-class Sequential:
-    """Steps launched one after another."""
+BoundLaunch = BoundKernel | BoundLibrary | AtenStep
+
+
+class Stretch:
+    """Steps over the same rows, launched one after another. What they launch between two bounds is looked up once."""
 
     def __init__(self, steps: Seq[BoundStep | AtenStep]) -> None:
         self._steps = steps
+        self._bounds = sorted({bound for step in steps for bound in step.bounds})
+        self._contexts = sorted({context for step in steps for context in step.contexts})
+        self._launches: dict[tuple[int, bool, int], list[BoundLaunch]] = {}
+        self._sizes: Sizes | None = None
 
     def launch(self, sizes: Sizes, decode: bool, stream: int) -> None:
-        for step in self._steps:
-            if not step.keeps_rows:
-                step.launch(sizes, decode, stream)
-            elif not sizes.R:
-                return
-            elif sizes.R < sizes.T:
-                step.launch(sizes, decode, stream)
-                sizes = replace(sizes, T=sizes.R)
+        context = bisect_left(self._contexts, sizes.context) if sizes.context else -1
+        key = bisect_right(self._bounds, sizes.T), decode, context
+        if key not in self._launches:
+            self._launches[key] = [bound for step in self._steps for bound in step.launches(sizes, decode)]
+        if sizes != self._sizes:
+            self._sizes = sizes  # kept while it stays equal: kernels take another object for other sizes
+        for bound in self._launches[key]:
+            bound.launch(self._sizes, stream)
+
+
+class Sequential:
+    """Steps launched one after another; those behind a KeepRows only for the rows that get logits."""
+
+    def __init__(self, steps: Seq[BoundStep | AtenStep]) -> None:
+        keeps = [step.keeps_rows for step in steps]
+        first = keeps.index(True) if True in keeps else len(steps)
+        self._all_rows = Stretch(steps[:first])
+        self._keep_rows = Stretch(steps[first : first + 1])
+        self._kept_rows = Stretch(steps[first + 1 :])
+
+    def launch(self, sizes: Sizes, decode: bool, stream: int) -> None:
+        self._all_rows.launch(sizes, decode, stream)
+        if not sizes.R:
+            return
+        if sizes.R < sizes.T:
+            self._keep_rows.launch(sizes, decode, stream)
+            sizes = replace(sizes, T=sizes.R)
+        self._kept_rows.launch(sizes, decode, stream)
 
 
 class BoundPlan:

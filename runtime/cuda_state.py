@@ -1,13 +1,14 @@
 """What a step reads on the device: its inputs, the sampling of its rows, and the tokens chosen, at fixed addresses.
 
-One region, `uploaded`, is written by the host in one copy whenever a batch changes; while it stays the same, the
-kernel `step.advance` moves it on by one token. The rest (block tables, sampled tokens, tokens seen) stays on the
-device and is addressed by row of the step or by *seat*, a sequence's place for as long as it runs. What a step chose,
-its kernels also write to pinned host memory, so that nothing is copied back between two steps.
+One region, `uploaded`, is written by the host whenever a batch changes, in one copy for a few rows of one KV group;
+while it stays the same, the kernel `step.advance` moves it on by one token. The rest (sampled tokens, tokens seen)
+stays on the device and is addressed by *seat*, a sequence's place for as long as it runs. What a step chose, its
+kernels also write to pinned host memory, so that nothing is copied back between two steps.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,7 @@ MAX_EOS_IDS = 16
 FIELD_ALIGNMENT = 64  # words
 TURNS = 3  # steps whose results stay in host memory, one more than may be in flight; a constant of the kernels
 
-# Sampling of a row: copied from the seat of its sequence.
+# Sampling of a row: copied from the seat of its sequence. They follow each other in memory, so that one copy does.
 SEAT_FIELDS: dict[str, Any] = {
     "temperature": np.float32,
     "repetition_penalty": np.float32,
@@ -72,7 +73,7 @@ class StateLayout:
         seats [B]: where a row's sampled token goes, -1 for a row that does not sample (and for padding);
         sample_rows [B]: the row of logits it samples from; new_blocks [groups, B]: the block a row enters, or -1;
         eos_ids [B, MAX_EOS_IDS], -1 where unused; turn [1]: the part of `told` that the step writes;
-        and SEAT_FIELDS, each [B].
+        SEAT_FIELDS, each [B]; and block_table [groups, B, blocks], which is last because its length varies most.
         """
         counts = {
             "context_lens": self.rows,
@@ -88,11 +89,12 @@ class StateLayout:
             "sources": self.tokens,
             "positions": self.tokens,
             "slots": self.groups * self.tokens,
+            "block_table": self.groups * self.rows * self.blocks,
         }
         fields, first = {}, 0
         for name, count in counts.items():
             fields[name] = (first, count)
-            first += -(-count // FIELD_ALIGNMENT) * FIELD_ALIGNMENT
+            first += _aligned(count)
         return fields
 
     @property
@@ -102,21 +104,29 @@ class StateLayout:
 
 
 class Staging:
-    """Host memory from which one step's state is copied."""
+    """Host memory from which one step's state is copied.
+
+    fields: the arrays of `StateLayout.fields`; sampling [len(SEAT_FIELDS), >= B] int32: all SEAT_FIELDS as one.
+    """
 
     def __init__(self, layout: StateLayout, pinned: Callable[..., torch.Tensor]) -> None:
         self._layout, self._pinned = layout, pinned
         self.words = pinned(layout.num_words)
-        self.tables = pinned(layout.groups, layout.rows, layout.blocks)
         words = self.words.numpy()
         self.fields = {
             name: words[first : first + count].view(SEAT_FIELDS.get(name, np.int32))
             for name, (first, count) in layout.fields.items()
         }
-        self.fields["slots"] = self.fields["slots"].reshape(layout.groups, layout.tokens)
-        self.fields["new_blocks"] = self.fields["new_blocks"].reshape(layout.groups, layout.rows)
-        self.fields["eos_ids"] = self.fields["eos_ids"].reshape(layout.rows, MAX_EOS_IDS)
-        self.table_array = self.tables.numpy()
+        shapes = {
+            "slots": (layout.groups, layout.tokens),
+            "new_blocks": (layout.groups, layout.rows),
+            "eos_ids": (layout.rows, MAX_EOS_IDS),
+            "block_table": (layout.groups, layout.rows, layout.blocks),
+        }
+        self.fields |= {name: self.fields[name].reshape(shape) for name, shape in shapes.items()}
+        first, _ = layout.fields[next(iter(SEAT_FIELDS))]
+        rows = (len(SEAT_FIELDS), _aligned(layout.rows))
+        self.sampling = words[first : first + math.prod(rows)].reshape(rows)
 
     @cached_property
     def seen(self) -> torch.Tensor:
@@ -124,10 +134,15 @@ class Staging:
         return self._pinned(self._layout.rows, self._layout.seen_words)
 
 
+def _aligned(count: int) -> int:
+    return -(-count // FIELD_ALIGNMENT) * FIELD_ALIGNMENT
+
+
 class DeviceState:
     """The arrays on the device and the copies that fill them.
 
-    block_tables [groups, rows, blocks]; sampled [rows]: tokens by seat;
+    uploaded [num_words]: the inputs of a step, as `StateLayout.fields` lays them out;
+    sampled [rows]: tokens by seat;
     told [TURNS, 2, rows], in pinned host memory: by seat, the tokens that the step of a turn chose, and the bits of
     their log-probabilities in float32; what else a turn holds is of earlier steps;
     seen [rows, seen_words]: bit i of word w of a seat's row is set where token 32 * w + i was in prompt or output.
@@ -137,7 +152,6 @@ class DeviceState:
         self.layout = layout = StateLayout.of(plan)
         self._driver = driver
         self.uploaded = torch.zeros(layout.num_words, dtype=torch.int32, device=device)
-        self.block_tables = torch.zeros(layout.groups, layout.rows, layout.blocks, dtype=torch.int32, device=device)
         self.sampled = torch.zeros(layout.rows, dtype=torch.int32, device=device)
         self.told = pinned(TURNS, 2, layout.rows)
         self.seen = torch.zeros(layout.rows, layout.seen_words, dtype=torch.int32, device=device)
@@ -147,26 +161,29 @@ class DeviceState:
 
         Raises UserError for a name that only another version's kernels know.
         """
-        if name == "block_table":
-            return self.block_tables.data_ptr() + 4 * group * self.layout.rows * self.layout.blocks
         if name in ("sampled", "told", "seen"):
             return getattr(self, name).data_ptr()
         if name not in self.layout.fields:
             raise UserError(f"a kernel reads step.{name}, which this runtime lacks: compile the model again")
-        first, _ = self.layout.fields[name]
-        return self.uploaded.data_ptr() + 4 * (first + (group * self.layout.tokens if name == "slots" else 0))
+        first, count = self.layout.fields[name]
+        skipped = group * count // self.layout.groups if name in ("block_table", "slots") and group else 0
+        return self.uploaded.data_ptr() + 4 * (first + skipped)
 
     def upload(self, staging: Staging, num_rows: int, num_blocks: int, stream: int) -> None:
-        """Copy the inputs, and the first `num_blocks` columns of the first `num_rows` rows of every block table."""
-        self._driver.copy_to_device(
-            self.uploaded.data_ptr(), staging.words.data_ptr(), 4 * self.layout.num_words, stream
-        )
-        if not num_blocks:
-            return
+        """Copy the inputs, and the first `num_blocks` columns of the first `num_rows` rows of every block table.
+
+        The rows of the first table go along whole, in the same copy, where they are no longer than the inputs.
+        """
+        words, _ = self.layout.fields["block_table"]
+        rows = num_rows * self.layout.blocks
+        groups = range(self.layout.groups if num_blocks else 0)
+        if groups and rows <= words:
+            words, groups = words + rows, groups[1:]
+        self._driver.copy_to_device(self.uploaded.data_ptr(), staging.words.data_ptr(), 4 * words, stream)
         pitch = 4 * self.layout.blocks
-        for group in range(self.layout.groups):
-            source = staging.tables.data_ptr() + group * self.layout.rows * pitch
+        for group in groups:
             target = self.address("block_table", group)
+            source = staging.words.data_ptr() + target - self.uploaded.data_ptr()
             self._driver.copy_rows_to_device(target, source, pitch, 4 * num_blocks, num_rows, stream)
 
     def upload_field(self, staging: Staging, name: str, stream: int) -> None:

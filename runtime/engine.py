@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numbers
 import operator
-import random
+import secrets
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -55,21 +55,25 @@ class Engine:
     def generate(
         self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None, **sampling: Any
     ) -> list[Result]:
-        """Continue every prompt; results in the prompts' order. `params` may be one for all or one for each."""
+        """Continue every prompt; results in the prompts' order. `params` may be one for all or one for each.
+
+        Prompts that may get the most new tokens are queued first, so that few rows are left for few steps at the end.
+        """
         self._refuse_encoder("generate")
         prompts = _as_list(prompts)
         one_for_all = params is None or isinstance(params, SamplingParams)
         each: list[Any] = [params] * len(prompts) if one_for_all else list(params)  # type: ignore[arg-type]
         if len(each) != len(prompts):
             raise UserError(f"{len(each)} sets of sampling parameters for {len(prompts)} prompts; give one for each")
-        requests: list[Request] = []
+        sequences = [self._sequence(prompt, one, sampling) for prompt, one in zip(prompts, each, strict=True)]
+        requests: dict[int, Request] = {}
         try:
-            for prompt, one in zip(prompts, each, strict=True):
-                requests.append(self.add_request(prompt, one, **sampling))
+            for sequence in sorted(sequences, key=lambda s: s.params.max_new_tokens, reverse=True):
+                requests[sequence.id] = self._add(sequence)
             self._run(requests)
         finally:
-            self._cancel(requests)
-        return [request.result() for request in requests]
+            self._cancel(requests.values())
+        return [requests[sequence.id].result() for sequence in sequences]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Any) -> Iterator[str]:
         """Continue one prompt, text as it comes: whole characters, never a part of a stop string."""
@@ -170,14 +174,7 @@ class Engine:
     ) -> Request:
         """Queue a request; it joins at a following `step`. streaming: keep `Request.new_text` up to date."""
         self._refuse_encoder("add_request")
-        params = _sampling(params, sampling)
-        tokens = self._tokens(prompt)
-        if params.stop and self.tokenizer is None:
-            raise UserError("this artifact has no tokenizer, so stop strings cannot be found; leave stop out")
-        eos = self.eos_ids if params.eos_token_ids is None else frozenset(params.eos_token_ids)
-        seed = random.SystemRandom().getrandbits(63) if params.seed is None else params.seed
-        eos = frozenset() if params.ignore_eos else frozenset(t for t in eos if 0 <= t < self.plan.vocab_size)
-        return self._add(Sequence(self._id(), tokens, params, seed, eos), streaming)
+        return self._add(self._sequence(prompt, params, sampling), streaming)
 
     def cancel(self, request: Request) -> None:
         """Drop a request that is not done; its blocks are free at once."""
@@ -247,11 +244,11 @@ class Engine:
 
     # ------------------------------------------------------------ book-keeping
 
-    def _run(self, requests: Seq[Request]) -> None:
+    def _run(self, requests: Collection[int]) -> None:
+        """Step until the requests of these ids are done."""
         left = len(requests)
-        mine = set(map(id, requests))
         while left:
-            left -= sum(id(r) in mine for r in self.step())
+            left -= sum(r.sequence.id in requests for r in self.step())
 
     def _refuse_encoder(self, method: str) -> None:
         if self.plan.is_encoder:
@@ -265,6 +262,17 @@ class Engine:
         self._next_id += 1
         return self._next_id
 
+    def _sequence(self, prompt: Prompt, params: SamplingParams | None, sampling: Mapping[str, Any]) -> Sequence:
+        """A request to generate, checked and not queued."""
+        params = _sampling(params, sampling)
+        tokens = self._tokens(prompt)
+        if params.stop and self.tokenizer is None:
+            raise UserError("this artifact has no tokenizer, so stop strings cannot be found; leave stop out")
+        eos = self.eos_ids if params.eos_token_ids is None else frozenset(params.eos_token_ids)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        eos = frozenset() if params.ignore_eos else frozenset(t for t in eos if 0 <= t < self.plan.vocab_size)
+        return Sequence(self._id(), tokens, params, seed, eos)
+
     def _add(self, sequence: Sequence, streaming: bool = False) -> Request:
         self.scheduler.add(sequence)
         request = Request(sequence, self.tokenizer, streaming)
@@ -275,7 +283,7 @@ class Engine:
         del self._requests[request.sequence.id]
         self.scheduler.remove(request.sequence)
 
-    def _cancel(self, requests: Seq[Request]) -> None:
+    def _cancel(self, requests: Iterable[Request]) -> None:
         for request in requests:
             if request.sequence.id in self._requests:
                 self._remove(request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -81,6 +82,7 @@ def _fits_count(case: Case, count: int, decode: bool) -> bool:
     return fits and (case.decode is None or case.decode == decode)
 
 
+@lru_cache
 def grid_of(extents: tuple[Extent, ...], sizes: Sizes) -> tuple[int, int, int]:
     """Programs along x, y and z."""
     grid = [e.factor * -(-sizes.rows(e.symbol) // e.divisor) + e.plus * sizes.B + e.constant for e in extents]
@@ -114,7 +116,7 @@ class BoundKernel:
         self._empty = False
 
     def launch(self, sizes: Sizes, stream: int) -> None:
-        if sizes is not self._sizes and sizes != self._sizes:
+        if sizes is not self._sizes:
             self._resize(sizes)
         if not self._empty:
             self._prepared.launch(stream)

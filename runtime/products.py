@@ -17,9 +17,10 @@ ACTIVATIONS = ("none", "relu", "gelu_tanh")
 @dataclass(frozen=True)
 class Product:
     """out[rows, N] = activation(x[rows, K] @ weight[N, K].T + bias[N]) + residual[rows, N], summed in float32 and
-    rounded once; all of one dtype. An activation and a residual exclude each other.
+    rounded once; all of one dtype, but that a product alone may be stored in float32. An activation and a residual
+    exclude each other.
 
-    A launch passes x, weight, out and T, then bias and residual where there are.
+    A launch passes x, weight, out and T or R, then bias and residual where there are.
     """
 
     bias: bool = False

@@ -26,14 +26,28 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from dscompile.runtime.errors import UserError
 
 MASK = 0xFFFFFFFF
+
+# Of a parameter: its kind of number, what it must be in words, and whether a number is that.
+RANGES: dict[str, tuple[type[Any], str, Callable[[Any], bool]]] = {
+    "temperature": (numbers.Real, "a number >= 0", lambda v: v >= 0),
+    "top_p": (numbers.Real, "in (0, 1]", lambda v: 0 < v <= 1),
+    "min_p": (numbers.Real, "in [0, 1]", lambda v: 0 <= v <= 1),
+    "repetition_penalty": (numbers.Real, "a number > 0", lambda v: v > 0),
+    "top_k": (numbers.Integral, "an integer >= 0 (0: off)", lambda v: v >= 0),
+    "max_new_tokens": (numbers.Integral, "an integer >= 1", lambda v: v >= 1),
+    "min_new_tokens": (numbers.Integral, "an integer >= 0", lambda v: v >= 0),
+    "seed": (numbers.Integral, "an integer in [0, 2**64)", lambda v: 0 <= v < 1 << 64),
+}
 
 
 @dataclass(frozen=True)
@@ -63,15 +77,12 @@ class SamplingParams:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         if isinstance(self.eos_token_ids, int):
             object.__setattr__(self, "eos_token_ids", (self.eos_token_ids,))
-        _check(self.temperature, "temperature", "a number >= 0", lambda v: v >= 0)
-        _check(self.top_p, "top_p", "in (0, 1]", lambda v: 0 < v <= 1)
-        _check(self.min_p, "min_p", "in [0, 1]", lambda v: 0 <= v <= 1)
-        _check(self.repetition_penalty, "repetition_penalty", "a number > 0", lambda v: v > 0)
-        _check(self.top_k, "top_k", "an integer >= 0 (0: off)", lambda v: v >= 0, integer=True)
-        _check(self.max_new_tokens, "max_new_tokens", "an integer >= 1", lambda v: v >= 1, integer=True)
-        _check(self.min_new_tokens, "min_new_tokens", "an integer >= 0", lambda v: v >= 0, integer=True)
-        if self.seed is not None:
-            _check(self.seed, "seed", "an integer in [0, 2**64)", lambda v: 0 <= v < 1 << 64, integer=True)
+        for name, (kind, wanted, holds) in RANGES.items():
+            value = getattr(self, name)
+            if value is getattr(SamplingParams, name):
+                continue  # the default
+            if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or not holds(value):
+                raise UserError(f"{name} must be {wanted}, got {value!r}")
         if any(not isinstance(s, str) or not s for s in self.stop):
             raise UserError("stop must be one or more non-empty strings")
 
@@ -83,12 +94,6 @@ class SamplingParams:
     def plain(self) -> bool:
         """Argmax of the raw logits and nothing else."""
         return self.greedy and self.repetition_penalty == 1 and self.min_new_tokens == 0
-
-
-def _check(value, name: str, wanted: str, holds, integer: bool = False) -> None:
-    kind = numbers.Integral if integer else numbers.Real
-    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or not holds(value):
-        raise UserError(f"{name} must be {wanted}, got {value!r}")
 
 
 def fold_seed(seed: int) -> int:

@@ -11,6 +11,11 @@ from dscompile.runtime.kv_cache import BlockTables, blocks_for
 from dscompile.runtime.plan import KVGroup, Plan
 from dscompile.runtime.sequence import Sequence
 
+# Most tokens of a step in which sequences decode: each of them waits for as many between two tokens of its own, and a
+# queue of prompts is read beside them, not before them. More sequences than half of this leave prompts as many tokens
+# as they take.
+MIXED_TOKENS = 512
+
 
 class Scheduler:
     """Sequences join and leave between steps; each keeps its blocks until it ends or is preempted.
@@ -51,11 +56,12 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """Choose the next step's rows, oldest sequence first, and give them their blocks; None if nothing can run.
 
-        Sequences that decode have their token reserved, so that a long prompt takes only what they leave.
+        Sequences that decode have their token reserved, so that prompts take only what they leave of the step.
         """
         rows: list[BatchRow] = []
         decoding = [self._is_decoding(s) for s in self.running]
-        tokens, logits = self.plan.max_step_tokens - sum(decoding), self.max_logit_rows - sum(decoding)
+        reserved = sum(decoding)
+        tokens, logits = self._most_tokens(reserved) - reserved, self.max_logit_rows - reserved
         # By index, because the newest may be preempted and leave the end of the list while the older ones are served.
         for index, decodes in enumerate(decoding):
             if index >= len(self.running):
@@ -112,8 +118,15 @@ class Scheduler:
             sequence.num_in_flight += row.sample
         return Batch(tuple(rows))
 
+    def _most_tokens(self, num_decoding: int) -> int:
+        """Tokens that a step may have in which so many sequences decode."""
+        most = max(MIXED_TOKENS, 2 * num_decoding) if num_decoding else self.plan.max_step_tokens
+        return min(most, self.plan.max_step_tokens)
+
     def _is_decoding(self, sequence: Sequence) -> bool:
-        return sequence.num_launched >= sequence.length - 1 and sequence.length > sequence.num_prompt
+        """Whether its prompt is launched and another token may be generated."""
+        launched = sequence.num_launched >= sequence.length - 1 and sequence.length > sequence.num_prompt
+        return launched and not self._is_last(sequence)
 
     def _is_last(self, sequence: Sequence) -> bool:
         """Whether the token in flight is the last that may be generated."""

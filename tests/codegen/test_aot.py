@@ -197,7 +197,10 @@ def test_rings_of_attention_fit_the_registers(columns: int, group: int, tmp_path
     operands = {role: matrix(heads * columns) for role, heads in width.items()}
     operands |= {f"w.rope_{f}": Operand("float32", columns // 2, (512, columns // 2)) for f in ("cos", "sin")}
     groups = (KVGroup(2, 2, columns, columns, DTYPE),)
-    _, requests = programs_for(spec, operands, replace(context(("sm_90",)), kv_groups=groups))
-    rings = [r for r in requests if r.template == "attention_ring"]
+    _, requests = programs_for(spec, operands, replace(context(("sm_90",)), kv_groups=groups, max_seq_len=4096))
+    rings = [r for r in requests if r.template in ("attention_ring", "attention_long")]
     kernels = compile_kernels(rings, ("sm_90",), tmp_path / "kernels")
     assert kernels and all(kernel.cubins["sm_90"].spills == 0 for kernel in kernels.values())
+    # Two halves of the rows and the copies, each with warps of its own.
+    long = [kernel for kernel in kernels.values() if kernel.template == "attention_long"]
+    assert [kernel.cubins["sm_90"].num_warps for kernel in long] == [12] * (columns <= 128 and group <= 64)

@@ -8,11 +8,13 @@ import pytest
 
 from benchmarks.kernel_shapes import ATTENTIONS, LINEARS, attention_operands, linear_operands
 from dscompile.codegen.operands import KernelContext, Operand
+from dscompile.codegen.prefill_kernels import SHORT_PROMPT
 from dscompile.codegen.select import programs_for
 from dscompile.codegen.tune import linear_candidates, row_candidates, tile_candidates
 from dscompile.codegen.tuned_table import TileConfig, ring_rule, tile_config
 from dscompile.runtime.errors import UserError
-from dscompile.runtime.plan import KVGroup, Moe, Program, Router, Segment
+from dscompile.runtime.kernels import choose_case, context_bounds
+from dscompile.runtime.plan import KVGroup, Linear, Moe, Program, Router, Segment
 
 LINEAR_CASES = [(m, r) for m, (_, regions) in LINEARS.items() for r in regions]
 
@@ -42,7 +44,6 @@ def test_a_linear_of_few_tokens_is_one_kernel(model: str, region: str) -> None:
             assert [launch.kind for launch in case.launches] == ["kernel"]
     launched = {launch.target for case in program.cases for launch in case.launches if launch.kind == "kernel"}
     assert launched == {r.name for r in requests}
-    assert spec.rows == "T" or all(launch.kind == "kernel" for case in program.cases for launch in case.launches)
 
 
 WHOLE_PRODUCTS = {
@@ -52,6 +53,7 @@ WHOLE_PRODUCTS = {
     ("gptj-6b", "attn_out"): ["mm_bias_add"],
     ("bloom-7b1", "mlp_in"): ["row_norm", "mm_bias_gelu_tanh"],
     ("bloom-7b1", "mlp_out"): ["mm_bias_add"],
+    ("llama3-8b", "head"): ["row_norm", "mm"],
 }
 
 
@@ -67,15 +69,30 @@ def test_a_library_does_the_epilogues_that_it_knows(model: str, region: str) -> 
 
     operands = linear_operands(spec, dtype)
     assert launched(operands) == WHOLE_PRODUCTS[model, region]
-    shifted = launched(operands | {"out.y0": replace(operands["out.y0"], aligned=False)})
-    assert shifted[shifted.index("mm") :] == ["mm"] + ["epilogue"] * len(spec.segments)
+    if region != "head":
+        shifted = launched(operands | {"out.y0": replace(operands["out.y0"], aligned=False)})
+        assert shifted[shifted.index("mm") :] == ["mm"] + ["epilogue"] * len(spec.segments)
+
+
+def test_logits_of_few_rows_or_with_an_epilogue_are_kernels_of_our_own() -> None:
+    dtype, regions = LINEARS["llama3-8b"]
+    spec = regions["head"]
+
+    def launched(rows: int, spec: Linear) -> str:
+        program, _ = programs_for(spec, linear_operands(spec, dtype), context("sm_90"))
+        case = choose_case(program, rows, True)
+        assert case is not None
+        return case.launches[-1].kind
+
+    assert [launched(rows, spec) for rows in (1, 64, 65, 300)] == ["kernel", "kernel", "library", "library"]
+    assert launched(300, replace(spec, softcap=30.0)) == launched(300, replace(spec, bias=True)) == "kernel"
 
 
 @pytest.mark.parametrize("model", LINEARS)
 def test_one_kernel_does_all_of_up_to_128_tokens_on_hopper(model: str) -> None:
-    """But for the norm of more than 64, whose statistics would take the product's registers."""
+    """But for the norm of more than 64, whose statistics would take the product's registers, and but for logits."""
     dtype, regions = LINEARS[model]
-    for spec in regions.values():
+    for spec in (spec for spec in regions.values() if spec.rows == "T"):
         program, requests = programs_for(spec, linear_operands(spec, dtype), context("sm_90"))
         templates = {r.name: r.template for r in requests}
         for case in (c for c in program.cases if 1 < c.min_tokens <= 128):
@@ -98,18 +115,29 @@ def test_attention_is_one_kernel_in_decoding_and_two_otherwise(model: str) -> No
 
 
 @pytest.mark.parametrize("model", ATTENTIONS)
-def test_attention_of_many_tokens_takes_the_ring_on_hopper_alone(model: str) -> None:
+def test_attention_of_many_tokens_takes_tensor_cores_on_hopper_alone(model: str) -> None:
     dtype, spec = ATTENTIONS[model]
     operands = attention_operands(spec, dtype, 4096)
 
-    def template(*targets: str, kv_dtype: str = dtype) -> str:
+    def template(longest: int, *targets: str, kv_dtype: str = dtype) -> str:
         group = KVGroup(32, spec.num_kv_heads, spec.head_dim, spec.v_head_dim, kv_dtype)
         program, requests = programs_for(spec, operands, context(*targets, group=group))
         names = {r.name: r.template for r in requests}
-        return names[program.cases[-1].launches[-1].target]
+        case = choose_case(program, 2000, False, longest)
+        assert case is not None
+        return names[case.launches[-1].target]
 
-    assert template("sm_90") == "attention_ring"
-    assert template("sm_80", "sm_90") == template("sm_90", kv_dtype="int8") == "attention_prefill"
+    assert template(1024, "sm_90") == "attention_ring"
+    assert template(1025, "sm_90") == ("attention_long" if spec.head_dim <= 128 else "attention_ring")
+    assert template(2000, "sm_80", "sm_90") == template(2000, "sm_90", kv_dtype="int8") == "attention_prefill"
+
+
+@pytest.mark.parametrize("model", ATTENTIONS)
+def test_bounds_of_prompts_add_no_graphs_of_decode_steps(model: str) -> None:
+    dtype, spec = ATTENTIONS[model]
+    group = KVGroup(32, spec.num_kv_heads, spec.head_dim, spec.v_head_dim, dtype)
+    program, _ = programs_for(spec, attention_operands(spec, dtype, 4096), context("sm_90", group=group))
+    assert SHORT_PROMPT not in context_bounds([program], 128)
 
 
 def test_few_tokens_with_wide_heads_take_smaller_programs() -> None:
@@ -186,6 +214,7 @@ def test_splits_meet_in_memory_of_their_own() -> None:
     """A case of any number of tokens runs several tiles of tokens at once, which must not share that memory."""
     dtype, regions = LINEARS["llama3-8b"]
     spec = replace(regions["mlp_out"], out_features=1024, segments=(Segment(0, 1024),), rows="R", residuals=0)
+    spec = replace(spec, scale=0.5)  # which no library does
     for target in ("sm_80", "sm_90"):
         program, requests = programs_for(spec, linear_operands(spec, dtype), context(target))
         splits = {r.name: r.constexprs.get("SPLITS", 1) for r in requests}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import pytest
+import torch
 
-from dscompile.runtime.bench import bench
+from dscompile.runtime import scheduler
+from dscompile.runtime.bench import bench, kernel_times
 from dscompile.runtime.cpu_executor import CpuExecutor
 from dscompile.runtime.engine import Engine
 from dscompile.runtime.errors import UserError
@@ -68,3 +71,26 @@ def test_only_steps_in_which_all_decode_are_timed(monkeypatch):
     assert not engine.has_work
     with pytest.raises(UserError, match="--new-tokens 2 is too few for 3 prompts of 20 tokens"):
         bench(engine, [3], 20, 2, 1)
+
+
+def test_kernels_are_timed_where_all_sequences_decode(monkeypatch):
+    """Prompts of 100 tokens in all are read in more than 20 steps, beside which up to four sequences decode."""
+    monkeypatch.setattr(scheduler, "MIXED_TOKENS", 5)
+    model = make_model(max_seq_len=128, max_step_tokens=16, max_batch=5)
+    engine = Engine(CpuExecutor(model.plan, model.weights))
+    launch, counts = engine.executor.launch, Counter()
+
+    def counted(batch):
+        counts[f"a step of {sum(row.num_tokens for row in batch.rows)}"] += 1
+        return launch(batch)
+
+    def profile(engine, prompts, new_tokens):
+        counts.clear()
+        engine.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True)
+        return {name: (count, count * 10.0) for name, count in counts.items()}
+
+    monkeypatch.setattr(engine.executor, "launch", counted)
+    monkeypatch.setattr(engine, "device", torch.device("cuda"))
+    monkeypatch.setattr("dscompile.runtime.bench._profile", profile)
+    (row,) = kernel_times(engine, 5, 20)
+    assert (row["kernel"], row["launches_per_step"], row["us_each"]) == ("a step of 5", 1, 10)

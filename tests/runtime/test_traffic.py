@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from dscompile.runtime import scheduler
 from dscompile.runtime.cpu_executor import CpuExecutor
 from dscompile.runtime.engine import Engine
 from tests.runtime.models import make_model
@@ -12,8 +13,9 @@ from tests.runtime.test_engine import LateExecutor
 
 @pytest.mark.parametrize("executor", [CpuExecutor, LateExecutor])
 @pytest.mark.parametrize(("windows", "kv_tokens"), [((0, 0), 44), ((0, 5), 44), ((4, 4), 16)])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_random_traffic(executor, windows, kv_tokens, seed):
+@pytest.mark.parametrize(("seed", "mixed_tokens"), [(0, 1024), (1, 1024), (2, 6)])
+def test_random_traffic(monkeypatch, executor, windows, kv_tokens, seed, mixed_tokens):
+    monkeypatch.setattr(scheduler, "MIXED_TOKENS", mixed_tokens)
     choose = random.Random(seed)
     model = make_model(windows=windows, max_step_tokens=11, max_batch=4)
     engine = Engine(executor(model.plan, model.weights, kv_tokens))

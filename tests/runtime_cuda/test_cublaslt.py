@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -77,6 +78,14 @@ def matrices(name: str, rows: int = 40) -> Matrices:
     bias = torch.randn(n).half() if what.bias else None
     residual = torch.randn(rows, n).half() if what.residual else None
     return Matrices(wide[:, :k], torch.randn(n, k).half(), wide[:, 32 : 32 + n], bias, residual)
+
+
+def test_a_product_may_be_stored_in_float32(library):
+    lt, recording = library
+    m = matrices("mm")
+    lt.bind(PRODUCTS["mm"], replace(m, out=torch.empty(40, 24)))(7, 99)
+    (call,) = recording.calls
+    assert [recording.layouts[call[place]][0] for place in (4, 6, 9, 11)] == [2, 2, 0, 0]
 
 
 @pytest.mark.parametrize("name", PRODUCTS)

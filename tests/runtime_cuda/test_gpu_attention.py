@@ -1,4 +1,4 @@
-"""Attention over an int8 cache on a GPU, in every variant, against the CPU executor on the same plans."""
+"""Attention of long prompts, and over an int8 cache, on a GPU, against the CPU executor on the same plans."""
 
 from __future__ import annotations
 
@@ -68,6 +68,30 @@ def _operands(step: Step, model: Model) -> dict[str, Operand]:
         weight = plan.weights[name]
         found[f"w.{role}"] = Operand(weight.dtype, weight.shape[-1], weight.shape)
     return found
+
+
+LONG_MODELS = {
+    "gqa": {},
+    "mha_bfloat16": {"kv_heads": 8, "dtype": "bfloat16"},
+    "heads_of_128": {"heads": 4, "head_dim": 128, "v_head_dim": 128},
+    "alibi_window_softcap_sinks": MODELS["alibi_window_softcap_sinks"],
+}
+
+
+@pytest.mark.parametrize("name", LONG_MODELS)
+def test_long_prompts(name, target, tmp_path, summary):
+    """A 16-bit cache: prompts longer than SHORT_PROMPT, in pieces, beside short ones."""
+    limits = {"max_seq_len": 2048, "max_batch": 8, "max_step_tokens": 1024}
+    model = make_model(**{"dtype": "float16", **WIDE, **limits, **LONG_MODELS[name]})
+    gpu, cpu = on_gpu(model, target, tmp_path), Engine(CpuExecutor(model.plan, model.weights, 8192))
+    used = {kernel.template for kernel in gpu.plan.kernels.values()}
+    assert {"attention_long", "attention_ring"} <= used
+    generator = torch.Generator().manual_seed(0)
+    lengths = (1500, 7, 2048, 130)
+    prompts = [torch.randint(model.shape.vocab, (n,), generator=generator).tolist() for n in lengths]
+    errors = [rms_ratio(a, b) for a, b in zip(gpu.logits(prompts), cpu.logits(prompts), strict=True)]
+    summary(f"long prompts, {name}: {', '.join(f'{error:.2e}' for error in errors)}")
+    assert max(errors) <= TOLERANCE * (8 if model.shape.dtype == "bfloat16" else 1)
 
 
 @pytest.mark.parametrize("name", MODELS)

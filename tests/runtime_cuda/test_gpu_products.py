@@ -43,6 +43,21 @@ def test_products(target, name, dtype):
             assert rms_ratio(out, expected) <= LIMIT[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_are_stored_in_float32(target, dtype):
+    from dscompile.runtime.cuda_device import CudaDevice
+
+    device, rows, n, k = CudaDevice("cuda"), 131, 5003, 512
+    torch.manual_seed(0)
+    with device.active():
+        x, weight = (torch.randn(count, k, device="cuda").to(dtype) for count in (rows, n))
+        out = torch.full((rows, n), torch.nan, device="cuda")
+        device.library.bind(PRODUCTS["mm"], Matrices(x, weight, out))(rows - 1, device.stream)
+        expected = x.double() @ weight.double().T
+        assert rms_ratio(out[:-1], expected[:-1]) <= LIMIT[torch.float32]
+        assert out[-1].isnan().all()
+
+
 def test_every_number_of_rows_can_use_the_algorithm_of_a_larger(target):
     from dscompile.runtime.cuda_device import CudaDevice
 

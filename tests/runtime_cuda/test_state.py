@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from dscompile.runtime.executor import Batch, BatchRow
 from dscompile.runtime.plan import Buffer, Case, KVGroup, Plan, Program, Ref, Scratch
 from dscompile.runtime.sampler import SamplingParams, fold_seed
 from dscompile.runtime.sequence import Sequence
+from tests.runtime_cuda.simulated import SimulatedDriver
 
 PAGE = 4
 GROUPS = (KVGroup(1, 1, 8, 8, "float16"), KVGroup(2, 1, 8, 8, "float16", window=6))
@@ -94,7 +96,7 @@ def test_a_ragged_step():
     assert f["seats"][:3].tolist() == [seats[0], -1, seats[2]]
     assert f["sample_rows"][[0, 2]].tolist() == [0, 1]
     assert f["slots"][1, :9].tolist() == [800, 801, 802, 803, 804, 844, 845, 846, 886]
-    assert staging.table_array[0, 1, :3].tolist() == b.blocks[0]
+    assert staging.fields["block_table"][0, 1, :3].tolist() == b.blocks[0]
     assert f["turn"].tolist() == [2]
 
 
@@ -123,7 +125,7 @@ def test_a_decode_step_starts_one_token_before():
     assert f["seed"][1] == fold_seed(b.seed)
     assert f["min_position"][:2].tolist() == [0, 12]
     assert f["eos_ids"][1].tolist() == [2, 4] + [-1] * (MAX_EOS_IDS - 2)
-    assert staging.table_array[1, 1, :3].tolist() == b.blocks[1]
+    assert staging.fields["block_table"][1, 1, :3].tolist() == b.blocks[1]
 
 
 def test_blocks_are_sent_when_they_are_entered():
@@ -222,6 +224,23 @@ def test_scratch_is_shared_unless_it_must_stay_zero():
     assert scratch.address("q", "x") - scratch.address("q", "sums") >= 16 * 100
     assert scratch.view("q", "sums").shape == (16, 100)
     assert scratch.num_bytes == {False: 1792 + 256, True: 512}
+
+
+@pytest.mark.parametrize(("max_seq_len", "copies"), [(30, 2), (10_000, 3)])
+def test_inputs_and_block_tables_are_uploaded(max_seq_len, copies):
+    """The first group's rows with the inputs where they are short, those of the other groups by themselves."""
+    p = plan(max_seq_len=max_seq_len)
+    driver = SimulatedDriver({}, Path())
+    state, staging = DeviceState(p, torch.device("cpu"), driver, pinned), Staging(StateLayout.of(p), pinned)
+    staging.words.copy_(torch.arange(len(staging.words)))
+    state.upload(staging, 1, 5, 0)
+    first, count = state.layout.fields["block_table"]
+    assert torch.equal(state.uploaded[:first], staging.words[:first])
+    tables = state.uploaded[first : first + count].reshape(2, 3, -1)
+    np.testing.assert_equal(tables[:, :1, :5].numpy(), staging.fields["block_table"][:, :1, :5])
+    assert not tables[:, 1:].any()
+    assert state.address("block_table", 1) == tables[1].data_ptr()
+    assert len(driver.copies) == copies
 
 
 def test_a_name_that_only_another_version_knows_is_refused_in_one_line():

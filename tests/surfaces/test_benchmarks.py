@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
@@ -38,7 +39,11 @@ def folder(tmp_path_factory):
         ("decode", "--models tiny --batch 1,3 --prompt 5,9 --new 4 --repeat 1", {"ours", "peers"}),
         ("prefill", "--cases tiny:7 --repeat 1", {"prefill_ms"}),
         ("latency", "--models tiny --prompt 5 --new 4 --repeat 1", {"engine_ms", "generate_ms"}),
-        ("cold_start", "--models tiny --repeat 1", {"process_to_first_token_s", "import_s", "load_s", "runs"}),
+        (
+            "cold_start",
+            "--models tiny --repeat 1",
+            {"process_to_first_token_s", "import_s", "load_s", "bytecode", "runs"},
+        ),
         ("throughput", "--models tiny --requests 4 --repeat 1", {"output_tokens_per_second", "runs"}),
     ],
 )
@@ -68,6 +73,26 @@ def test_decode_measures_quantizations_beside_each_other(folder, tmp_path, monke
     with pytest.raises(SystemExit):
         import_module("benchmarks.decode").main()
     assert "'int7' is none of none, int8" in capsys.readouterr().err
+
+
+def test_cold_start_finds_bytecode(tmp_path, monkeypatch):
+    """The first process compiles what it imports, the next one does not; the cache is gone at the end."""
+    child = """
+import importlib.util, json, pathlib, sys
+compiled = pathlib.Path(importlib.util.cache_from_source(importlib.util.find_spec("this").origin))
+with open(sys.argv[1], "a") as file:
+    print(compiled.exists(), compiled, file=file)
+import this
+print(json.dumps([0.0] * 6))
+"""
+    seen = tmp_path / "seen"
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setattr("benchmarks.cold_start.CHILD", child)
+    row = import_module("benchmarks.cold_start").measure(seen, "cpu", 1)
+    found, paths = zip(*(line.split() for line in seen.read_text().splitlines()), strict=True)
+    assert found == ("False", "True") and len(set(paths)) == 1
+    assert not Path(paths[0]).exists()
+    assert row["bytecode"] == "cached" and len(row["runs"]) == 1
 
 
 def test_figures_survive_one_that_fails_and_end_in_time(folder, tmp_path, monkeypatch, capsys):

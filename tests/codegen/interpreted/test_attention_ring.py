@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dscompile.codegen import prefill_kernels
+from dscompile.codegen import attention_kernels
 from dscompile.codegen.prefill_kernels import PrefillConfig
 from dscompile.runtime.plan import Attention, Norm
 from tests.codegen.interpreted import gluon
@@ -42,23 +42,28 @@ SPECS = {
 RAGGED = ((5, 5), (70, 1), (33, 30), (1, 1), (150, 70))
 
 
-ONE_HEAD_AT_A_TIME = PrefillConfig(64, 64, 4, programs=1, ring=True)
+KERNELS = {
+    "ring": PrefillConfig(64, 64, 4, programs=1, template="attention_ring"),
+    "long": PrefillConfig(128, 32, 4, programs=1, stages=3, template="attention_long"),
+}
 CONFIGS = {
-    "all_heads_at_once": PrefillConfig(128, 32, 8, programs=1000, ring=True),
-    "some_heads": PrefillConfig(64, 16, 4, programs=7, ring=True),
+    "all_heads_at_once": PrefillConfig(128, 32, 8, programs=1000, template="attention_ring"),
+    "some_heads": PrefillConfig(64, 16, 4, programs=7, template="attention_ring"),
+    "two_blocks": PrefillConfig(128, 16, 4, programs=7, stages=2, template="attention_long"),
 }
 
 
 def ragged(spec: Attention, config: PrefillConfig, sequences: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill_kernels, "prefill_config", lambda *_: config)
+    monkeypatch.setattr(attention_kernels, "prefill_configs", lambda *_: ((1, 0, 0, config),))
     if not spec.causal:
         sequences = tuple((new, new) for _, new in sequences)
     check(spec, sequences, torch.float16, 16, decode=False)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", SPECS)
-def test_ragged(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ragged(SPECS[name], ONE_HEAD_AT_A_TIME, RAGGED, monkeypatch)
+def test_ragged(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ragged(SPECS[name], KERNELS[kernel], RAGGED, monkeypatch)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
