@@ -84,7 +84,8 @@ def draw(models: list[list[dict[str, Any]]], others: dict[tuple, float], machine
         batches = [batch for batch, _ in lines["ours"]]
         axes.set(xscale="log", yscale="log", xlabel="sequences", title=_title(rows[0]))
         axes.set_xticks(batches, [str(batch) for batch in batches])
-        axes.set_ylim(bottom=1.1)
+        axes.margins(x=0.08)
+        axes.set_ylim(bottom=1.0)
         axes.set_yticks([1.5, 2, 3, 4, 5, 7, 10, 20, 40], ["1.5", "2", "3", "4", "5", "7", "10", "20", "40"])
         axes.minorticks_off()
         axes.grid(axis="y", color="#e5e5e5")

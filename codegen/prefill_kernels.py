@@ -23,7 +23,7 @@ from dscompile.runtime.plan import Attention, Extent, Launch
 LOG2E = 1.4426950408889634
 FEW_TOKENS = 512
 # Contexts beyond this are long. Measured on an H200, Llama-3-8B: 16 prompts of 32 to 512 tokens take attention_ring
-# 79 us and attention_long 105, one prompt of 2,040 tokens 97 and 86, and of 8,191 tokens 1188 and 943.
+# 80 us and attention_long 103, one prompt of 2,040 tokens 97 and 84, and of 8,191 tokens 1188 and 993.
 SHORT_PROMPT = 1024
 # Registers of a thread of attention_long: of the second half of the rows (the first has what is left), and of those
 # that copy. A multiprocessor has 64K.
