@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dscompile.codegen import single_kernels
+from dscompile.codegen import prefill_kernels, single_kernels
 from dscompile.codegen.memory import assign_offsets
 from dscompile.codegen.operands import KernelContext, Operand
 from dscompile.codegen.select import programs_for
@@ -135,6 +135,27 @@ def test_a_sequence_that_outgrows_a_kernel_goes_on_with_the_next(tmp_path, monke
         assert actual.tokens == expected.tokens
         assert rms_ratio(torch.tensor(actual.logprobs), torch.tensor(expected.logprobs)) < 2e-3
         assert engine.counters["graphs"] == graphs
+
+
+@pytest.mark.parametrize(("lengths", "kernel"), [((20, 7), "attention_ring"), ((7, 21, 3), "attention_long")])
+def test_the_longest_sequence_of_a_step_chooses_how_prompts_attend(tmp_path, monkeypatch, lengths, kernel):
+    monkeypatch.setattr(prefill_kernels, "SHORT_PROMPT", 20)
+    sizes = {"hidden": 32, "heads": 2, "kv_heads": 1, "head_dim": 64, "v_head_dim": 64, "rotary_dim": 64, "inner": 32}
+    model = make_model(**sizes, dtype="float16", max_seq_len=64)
+    engine, device = simulated(model, tmp_path)
+    kernels, launch, used = list(engine.executor.plan.kernels.values()), device.driver.launch, set()
+
+    def watch(config, function, parameters):
+        used.add(kernels[function.value - 1].template)
+        launch(config, function, parameters)
+
+    device.driver.launch = watch
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(model.plan.vocab_size, (n,), generator=draw).tolist() for n in lengths]
+    expected = Engine(CpuExecutor(model.plan, model.weights, 256)).logits(prompts)
+    for actual, wanted in zip(engine.logits(prompts), expected, strict=True):
+        assert rms_ratio(actual, wanted) < 2e-3
+    assert used & {"attention_ring", "attention_long", "attention_prefill"} == {kernel}
 
 
 def test_a_steady_decode_step_copies_nothing_but_new_blocks(llama, tmp_path):
