@@ -40,7 +40,7 @@ def measure(name: str, target: str) -> dict[str, Any]:
             make().save_pretrained(model)
             options = ["--dummy-weights", "--dtype", dtype, "--target", target, *extra]
             command = [sys.executable, "-m", "dscompile.compiler.cli", str(model), "-o", str(out), *options]
-            environment = {**os.environ, "TRITON_CACHE_DIR": str(Path(scratch) / "cache")}
+            environment = {**os.environ, "XDG_CACHE_HOME": str(Path(scratch) / "cache")}
             start = time.perf_counter()
             subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
             row[key] = time.perf_counter() - start

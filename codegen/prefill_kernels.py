@@ -33,7 +33,7 @@ ROW_REGISTERS, COPY_REGISTERS = 232, 48
 @dataclass(frozen=True)
 class PrefillConfig:
     """What attends: rows (tokens times heads of a group) of a program, keys of a step, programs that fill the GPU
-    twice, depth of the pipeline.
+    twice, depth of the pipeline (always two in attention_ring).
 
     num_warps: of a program; in attention_long of each of its three parts
     """
@@ -46,7 +46,7 @@ class PrefillConfig:
     template: str = "attention_prefill"
 
 
-def prefill_config(spec: Attention, operands: Operands, context: KernelContext) -> PrefillConfig:
+def _common_config(spec: Attention, operands: Operands, context: KernelContext) -> PrefillConfig:
     """The configuration for steps of any number of tokens.
 
     Measured on an H200 (`python -m benchmarks.attention`): two small programs of four warps on a multiprocessor
@@ -85,8 +85,9 @@ def prefill_configs(
     Of heads of 256 columns, few tokens are few programs, and smaller ones end sooner. Measured on an H200, GPT-J: 128
     tokens 7.8 us instead of 10.7, but 1,900 tokens 104 instead of 79. Of narrower heads, long sequences want keys read
     seldom, and short ones small steps: Llama-3-8B, 16 prompts of 32 to 512 tokens, 79 us with 32 keys, 95 with 64.
+    Heads of 64 columns have not been timed; their steps have as many bytes.
     """
-    config = prefill_config(spec, operands, context)
+    config = _common_config(spec, operands, context)
     least = next_power_of_2(spec.num_heads // spec.num_kv_heads)
     if config.template != "attention_ring" or least > 64 or context.deterministic:
         return ((1, 0, 0, config),)

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 from benchmarks.figures import JOBS, Job, run
 from benchmarks.models import MODELS
+from dscompile.codegen import aot
 
 
 def tiny() -> LlamaConfig:
@@ -93,6 +94,23 @@ print(json.dumps([0.0] * 6))
     assert found == ("False", "True") and len(set(paths)) == 1
     assert not Path(paths[0]).exists()
     assert row["bytecode"] == "cached" and len(row["runs"]) == 1
+
+
+def test_compilations_are_timed_with_an_empty_kernel_cache(monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", (tiny, "float32"))
+    caches = []
+
+    def run(command, env, **_):
+        with monkeypatch.context() as here:
+            here.setenv("XDG_CACHE_HOME", env["XDG_CACHE_HOME"])
+            caches.append(aot._cache_dir())
+        assert not caches[-1].exists()
+        caches[-1].mkdir(parents=True)
+
+    module = import_module("benchmarks.compile_time")
+    monkeypatch.setattr(module.subprocess, "run", run)
+    assert module.measure("tiny", "sm_80")["seconds"] > 0
+    assert len(caches) == len(set(caches)) == 2
 
 
 def test_figures_survive_one_that_fails_and_end_in_time(folder, tmp_path, monkeypatch, capsys):
