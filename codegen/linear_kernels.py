@@ -263,7 +263,8 @@ def tile_launch(spec: Linear, operands: Operands, config: TileConfig | RingConfi
     draft.requests.append(request)
     splits = int(request.constexprs["SPLITS"])
     if splits > 1:
-        draft.reserve("parts", "1", 4 * splits * tiles * config.block_n * config.block_t)
+        height = int(request.constexprs["BN"])
+        draft.reserve("parts", "1", 4 * splits * tiles * height * config.block_t)
         draft.reserve("moments", "1", 4 * splits * tiles * 2 * config.block_t)
         draft.reserve("arrivals", "1", 4 * tiles, zeroed=True)
     # Programs that share a tile start together: most tiles are done before the last program begins.

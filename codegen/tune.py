@@ -17,8 +17,11 @@ from dscompile.codegen.tuned_table import (
     RingConfig,
     RowConfig,
     TileConfig,
+    even_rows,
     num_sms,
+    ring_height,
     ring_rule,
+    ring_tiles,
     rounds_rows,
 )
 from dscompile.runtime.plan import Linear
@@ -154,14 +157,21 @@ def ring_candidates(spec: Linear, tokens: int, context: KernelContext) -> list[R
     first = ring_rule(spec, tokens, context)
     sms = min(num_sms(t) for t in context.targets)
     t, found = first.block_t, [first]
-    sizes = product((64, 128, 256), (1, 2, 4), (4, 8), (1, 2, 3, 4), (1, 2, 3, 4, 6))
+    heights = dict.fromkeys((64, 128, 256, even_rows(spec, sms) or 64, even_rows(spec, 2 * sms) or 64))
+    sizes = product(heights, (1, 2, 4), (4, 8), (1, 2, 3, 4), (1, 2, 3, 4, 6))
     for n, wide, warps, share, splits in sizes:
         k = wide * RING_COLUMNS
-        programs = ceil_div(spec.out_features, n) * splits
-        stages = min(8, (context.shared_budget // share - 2_048) // (2 * k * (n + t)))
+        programs = ring_tiles(spec, n) * splits
+        stages = min(8, (context.shared_budget // share - 2_048) // (2 * k * (ring_height(n) + t)))
         starved = programs < 0.6 * sms or stages < 2 or stages * wide < 4
         spread = splits > 1 and (programs > 4 * sms or spec.in_features < 4 * k * splits)
-        if starved or spread or n * t > 160 * 32 * warps or (warps == 8 and n == 64) or spec.in_features % k:
+        if (
+            starved
+            or spread
+            or ring_height(n) * t > 160 * 32 * warps
+            or (warps == 8 and n == 64)
+            or spec.in_features % k
+        ):
             continue
         found.append(RingConfig(n, t, k, warps, stages, splits))
     return sorted(dict.fromkeys(found), key=lambda c: _distance(c, first))

@@ -16,7 +16,9 @@ TUNED = Path(__file__).parent / "tuned"
 WIDEST_TILE = 128
 BULK_TOKENS = 2048
 RESERVE = 8192  # bytes of shared memory left for what the compiler may add to a ring
-LONG_ROW = 16384  # columns
+LONG_ROW = 14336  # columns
+TALLEST_RING = 256  # weight rows of a tile of linear_ring
+EVEN_TOKENS = 64  # up to which every multiprocessor has as much of the weight, rather than tiles that are tall
 RING_COLUMNS = 64  # 128 bytes, what tensor cores read from shared memory without conflicts
 # Columns of a step by what the tensor cores multiply, which for int8 takes at least 32.
 HALF_COLUMNS = (256, 128, 64, 32, 16)
@@ -80,8 +82,8 @@ def rounds_rows(spec: Linear) -> bool:
 
 @dataclass(frozen=True)
 class RingConfig:
-    """linear_ring: weight rows and tokens of a tile, columns of a block, blocks in the ring, programs that share a
-    tile's columns."""
+    """linear_ring: weight rows of a tile (a multiple of 16) and its tokens, columns of a block, blocks in the ring,
+    programs that share a tile's columns."""
 
     block_n: int
     block_t: int
@@ -175,22 +177,53 @@ def ring_rule(spec: Linear, tokens: int, context: KernelContext) -> RingConfig:
 
     Where tiles are no more than multiprocessors, each has one with all of its shared memory, and programs share the
     columns of tiles that are fewer: measured on an H200, that beats more programs of less. Else each program takes half
-    of the memory, so that the next kernel's weights are under way while this one ends. Of many tokens tiles are tall,
-    as rows are read once for each, where low ones would leave many multiprocessors one for two of their neighbours'.
-    Each turn of the ring waits for the tensor cores once: blocks are of 256 bytes for few tokens and for long rows.
+    of the memory, so that the next kernel's weights are under way while this one ends. Each turn of the ring waits for
+    the tensor cores once: blocks are of 256 bytes for few tokens and for long rows.
     """
     sms = min(num_sms(t) for t in context.targets)
     block_t = min(WIDEST_TILE, max(8, next_power_of_2(tokens)))
-    low_tiles = ceil_div(spec.out_features, 64)
-    block_n = 128 if block_t >= 64 and (sms < low_tiles < 1.8 * sms or low_tiles >= 3 * sms) else 64
-    tiles = ceil_div(spec.out_features, block_n)
+    block_n = _many_tokens_rows(spec, sms) if block_t > EVEN_TOKENS else even_rows(spec, sms) or 64
+    tiles = ring_tiles(spec, block_n)
     alone = tiles <= sms
-    block_k = RING_COLUMNS * (2 if block_t < 64 or (alone and spec.in_features >= LONG_ROW) else 1)
+    long = spec.in_features >= LONG_ROW and alone and block_n == 64
+    block_k = RING_COLUMNS * (2 if block_t < 64 or long else 1)
     splits = max(1, min(sms // tiles, 4, spec.in_features // (4 * block_k)))
-    stage_bytes = 2 * block_k * (block_n + block_t)
+    stage_bytes = 2 * block_k * (ring_height(block_n) + block_t)
     room = context.shared_budget - RESERVE if alone else context.shared_budget // 2
     stages = min(12 if alone else 6, room // stage_bytes)
     return RingConfig(block_n, block_t, block_k, 4 if block_n == 64 else 8, max(2, stages), splits)
+
+
+def even_rows(spec: Linear, sms: int) -> int:
+    """Rows of the lowest tiles, 16 at a time, of which there are no more than multiprocessors; 0 if none are.
+
+    A tile that every multiprocessor reads in the same time: 129 tiles of 96 rows take 12288 x 4096 in 25 us on an H200,
+    where 192 of 64 rows take 30.
+    """
+    return next((n for n in range(64, TALLEST_RING + 1, 16) if ring_tiles(spec, n) <= sms), 0)
+
+
+def _many_tokens_rows(spec: Linear, sms: int) -> int:
+    """Rows of a tile of 128 tokens, which is read once for each: as many as leave most multiprocessors a tile.
+
+    Long rows are shared by programs of tall tiles. Of more tiles than multiprocessors two programs run on each.
+    """
+    occupied = 0.7 * sms
+    if occupied <= ring_tiles(spec, TALLEST_RING) <= sms:
+        return TALLEST_RING
+    tiles = ring_tiles(spec, 128)
+    shared = spec.in_features >= LONG_ROW and 4 * tiles >= occupied
+    return 128 if tiles >= occupied or shared else 64
+
+
+def ring_tiles(spec: Linear, rows: int) -> int:
+    """Tiles of so many rows, of which none belongs to two outputs."""
+    return sum(ceil_div(s.width, rows // 2 if s.gated else rows) for s in spec.segments)
+
+
+def ring_height(rows: int) -> int:
+    """Rows that the tensor cores multiply for a tile of `rows`, and that its blocks take in shared memory."""
+    return max(64, next_power_of_2(rows))
 
 
 def _staged_bytes(spec: Linear, dtype: str, block_n: int, block_t: int) -> int:

@@ -11,7 +11,7 @@ from dscompile.codegen.operands import KernelContext, Operand
 from dscompile.codegen.prefill_kernels import SHORT_PROMPT
 from dscompile.codegen.select import programs_for
 from dscompile.codegen.tune import linear_candidates, row_candidates, tile_candidates
-from dscompile.codegen.tuned_table import TileConfig, ring_rule, tile_config
+from dscompile.codegen.tuned_table import TileConfig, ring_height, ring_rule, ring_tiles, tile_config
 from dscompile.runtime.errors import UserError
 from dscompile.runtime.kernels import choose_case, context_bounds
 from dscompile.runtime.plan import KVGroup, Linear, Moe, Program, Router, Segment
@@ -188,18 +188,30 @@ def test_unmeasured_shapes_stay_within_shared_memory(target: str, tokens: int) -
 @pytest.mark.parametrize("model", LINEARS)
 def test_rings_leave_half_of_the_shared_memory_to_the_next_kernel(model: str, tokens: int) -> None:
     """But for tiles that are no more than multiprocessors: there each program has one, and all of it."""
+    budget = context("sm_90").shared_budget
     for spec in LINEARS[model][1].values():
         config = ring_rule(spec, tokens, context("sm_90"))
-        stage = 2 * config.block_k * (config.block_n + config.block_t)
+        stage = 2 * config.block_k * (ring_height(config.block_n) + config.block_t)
         assert config.block_t >= tokens
         assert config.stages >= 3
-        tiles = -(-spec.out_features // config.block_n)
+        tiles = ring_tiles(spec, config.block_n)
         if tiles <= 132:
             assert tiles * config.splits <= 132
-            assert (config.stages + 1) * stage > context("sm_90").shared_budget - 8192 or config.stages == 12
-            assert config.stages * stage <= context("sm_90").shared_budget - 8192
+            assert (config.stages + 1) * stage > budget - 8192 or config.stages == 12
+            assert config.stages * stage <= budget - 8192
         else:
-            assert config.stages * stage <= context("sm_90").shared_budget // 2
+            assert config.stages * stage <= budget // 2
+
+
+@pytest.mark.parametrize("tokens", [2, 32, 64])
+@pytest.mark.parametrize("model", LINEARS)
+def test_nearly_every_multiprocessor_has_a_tile_of_a_wide_linear(model: str, tokens: int) -> None:
+    """And no other size of tile, 16 rows more or less, would come closer to one for each."""
+    wide = [s for s in LINEARS[model][1].values() if 64 * 132 < s.out_features <= 256 * 132]
+    assert wide
+    for spec in wide:
+        rows = ring_rule(spec, tokens, context("sm_90")).block_n
+        assert 128 <= ring_tiles(spec, rows) <= 132 < ring_tiles(spec, rows - 16)
 
 
 def test_tuning_tries_the_rule_first_and_the_kernel_that_will_run() -> None:

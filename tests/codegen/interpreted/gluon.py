@@ -2,11 +2,15 @@
 
 A block of shared memory can be read once the group of its copy was waited for, or the barrier at which it arrives, and
 can be written once the products that read it were. Warps with functions of their own take turns, each until it has to
-wait. `install` puts these in the place of Gluon's modules.
+wait. A program that waits for others of its grid lets another of them run. `install` puts these in the place of
+Gluon's modules.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import itertools
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -16,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia import hopper
-from triton.runtime.interpreter import TensorHandle
+from triton.runtime.interpreter import GridExecutor, TensorHandle, interpreter_builder
 
 
 class Block:
@@ -191,6 +195,59 @@ class Pipeline:
         return deps[0] if len(deps) == 1 else tuple(deps)
 
 
+class Programs:
+    """The function of a kernel: its programs run one after another, and while one waits others that have not begun.
+
+    The last runs first, so that what a program writes into its successor's place is not written over.
+    """
+
+    running: Programs | None = None
+
+    def __init__(self, function: Callable) -> None:
+        self._function = function
+        self._begun: set[tuple[int, ...]] = set()
+        self._arguments: dict[str, Any] = {}
+        self.__name__, self.__globals__ = function.__name__, function.__globals__
+        self.__annotations__, self.__signature__ = function.__annotations__, inspect.signature(function)
+
+    def __call__(self, **arguments: Any) -> None:
+        self._arguments, Programs.running = arguments, self
+        here, size = interpreter_builder.grid_idx, interpreter_builder.grid_dim
+        self._run(tuple(n - 1 - i for i, n in zip(here, size, strict=True)))
+
+    def _run(self, place: tuple[int, ...]) -> None:
+        if place not in self._begun:
+            self._begun.add(place)
+            here = interpreter_builder.grid_idx
+            interpreter_builder.set_grid_idx(*place)
+            self._function(**self._arguments)
+            interpreter_builder.set_grid_idx(*here)
+
+    def let_another_run(self) -> None:
+        x, y, z = (range(size) for size in interpreter_builder.grid_dim)
+        following = next((place for place in itertools.product(x, y, z) if place not in self._begun), None)
+        assert following, "every program waits for another"
+        self._run(following)
+
+
+@functools.cache
+def _let_programs_wait() -> None:
+    """A program that looks at a counter without changing it waits for others. Once in a process."""
+    add = interpreter_builder.create_atomic_rmw
+    start = GridExecutor.__init__
+
+    def look(operation: Any, pointer: Any, value: Any, *more: Any) -> Any:
+        if not value.data.any() and Programs.running:
+            Programs.running.let_another_run()
+        return add(operation, pointer, value, *more)
+
+    def begin(executor: GridExecutor, function: Callable, *more: Any, **options: Any) -> None:
+        start(executor, Programs(function), *more, **options)  # type: ignore[arg-type]
+
+    vars(interpreter_builder).update(create_atomic_rmw=look)
+    GridExecutor.__init__ = begin  # type: ignore[method-assign]
+
+
 def _number(x: Any) -> int:
     if isinstance(x, tl.tensor):
         return int(x.handle.data.item())
@@ -199,6 +256,7 @@ def _number(x: Any) -> int:
 
 def install() -> None:
     """Put these in the place of what our templates take from Gluon, in this process."""
+    _let_programs_wait()
     pipeline, roles, barriers = Pipeline(), Roles(), object()
 
     def allocate(dtype: Any, shape: list, layout: object) -> Ring | Block:

@@ -20,6 +20,7 @@ NAMES = {
     torch.int8: "int8",
     torch.bool: "bool",
 }
+POISON = 0xFF  # every byte of a NaN
 TOLERANCE = {torch.float16: 1e-3, torch.float32: 2e-6}
 
 
@@ -51,7 +52,7 @@ def run(
 ) -> list[str]:
     """Run the case of the spec's program that fits `sizes`; outputs in `tensors` are written in place, twice.
 
-    The second run proves that counters in scratch memory are left as they were found.
+    The second run proves that counters in scratch memory are left as they were found; other scratch is poisoned again.
     how: decode, count (rows that choose the case, T by default), longest (tokens of the longest sequence), context,
          extra (further arguments by name)
     returns: the names of what it launched
@@ -77,5 +78,8 @@ def run(
         for role, tensor in tensors.items():
             if role.startswith("out."):
                 tensor.fill_(float("nan"))
+        for s in program.scratch:
+            if not s.zeroed:
+                scratch[s.name].fill_(POISON)
         runner.run(case, bind, sizes)
     return [launch.target for launch in case.launches]

@@ -61,6 +61,25 @@ def test_rings_of_every_length(
     check(wide(SPECS[name]), 6)
 
 
+@pytest.mark.parametrize("name", ["plain", "gated", "packed", "layer"])
+@pytest.mark.parametrize("height,block_t", [(48, 8), (80, 16), (96, 64)])
+def test_tiles_of_every_height(name: str, height: int, block_t: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RingConfig(height, block_t, 64, stages=3)
+    monkeypatch.setattr(linear_kernels, "ring_config", lambda *_: config)
+    check(wide(SPECS[name]), 6)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.norm is None])
+@pytest.mark.parametrize("rows", [128, 65])
+@pytest.mark.parametrize("splits", [2, 4])
+def test_every_program_that_shares_a_tile_finishes_some_tokens(
+    name: str, splits: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RingConfig(64, 128, 64, stages=3, splits=splits)
+    monkeypatch.setattr(linear_kernels, "ring_config", lambda *_: config)
+    check(wide(SPECS[name]), rows)
+
+
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("rows", [19, 3, 140])
 def test_head(name: str, rows: int) -> None:
