@@ -33,6 +33,12 @@ def artifact_folder(given: Path | None) -> Iterator[Path]:
         yield Path(scratch)
 
 
+def artifact_path(name: str, folder: Path, limit: int = 0, **more: Any) -> Path:
+    """Where `artifact_of` puts an artifact. limit: that of its sequences, if it is not the model's own"""
+    words = (option if value is True else str(value) for option, value in more.items() if value)
+    return folder / "-".join([name, *[str(limit)] * bool(limit), *words])
+
+
 def artifact_of(name: str, folder: Path, tokens: int = 0, **more: Any) -> Path:
     """The artifact of a configuration of MODELS, compiled into `folder` if it is not there.
 
@@ -45,8 +51,7 @@ def artifact_of(name: str, folder: Path, tokens: int = 0, **more: Any) -> Path:
     longer = tokens > limit > 0
     if longer:
         config.max_position_embeddings = tokens
-    words = (option if value is True else str(value) for option, value in more.items() if value)
-    out = folder / "-".join([name, *[str(tokens)] * longer, *words])
+    out = artifact_path(name, folder, tokens if longer else 0, **more)
     if not out.exists():
         from dscompile.compiler import compile_model
 

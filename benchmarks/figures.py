@@ -1,6 +1,7 @@
 """Every figure of the documentation in one run, the most important first, for as long as there is time.
 
     python -m benchmarks.figures --artifacts DIR --seconds 400
+    python -m benchmarks.figures --artifacts DIR --jobs prefill,decode-llama3-8b,compile_time
 
 Artifacts that jobs name are compiled first. A measurement that fails is printed and the next one begins; each writes
 its result when it is done.
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks.artifacts import QUANTIZATIONS, artifact_of
+from benchmarks.artifacts import QUANTIZATIONS, artifact_of, artifact_path
 from benchmarks.machine import RESULTS
 
 COMPILING = 3  # models at a time; each takes all cores for some of the time
@@ -31,6 +32,12 @@ class Job:
     command: str
     models: tuple[str, ...]
     quantizations: tuple[str, ...] = ("none",)
+
+    @property
+    def name(self) -> str:
+        """Of its result."""
+        words = self.command.split()
+        return words[words.index("--name") + 1] if "--name" in words else words[0]
 
 
 LLAMA, GPTJ, BLOOM = "llama3-8b", "gptj-6b", "bloom-7b1"
@@ -68,7 +75,10 @@ JOBS = (
 def main() -> None:
     args = _parse()
     end = time.monotonic() + args.seconds
-    run(JOBS, args.artifacts, args.out, args.device, end)
+    if args.compile_only:
+        compile_artifacts(args.jobs, args.artifacts, end)
+    else:
+        run(args.jobs, args.artifacts, args.out, args.device, end)
 
 
 def run(jobs: Sequence[Job], folder: Path, out: Path, device: str, end: float) -> list[str]:
@@ -80,6 +90,7 @@ def run(jobs: Sequence[Job], folder: Path, out: Path, device: str, end: float) -
             print(f"no time left for: {job.command}", flush=True)
             continue
         print(f"== {job.command}", flush=True)
+        began = time.monotonic()
         module, *words = job.command.split()
         sys.argv = [module, *words, "--artifacts", str(folder), "--device", device, "--out", str(out)]
         try:
@@ -87,6 +98,7 @@ def run(jobs: Sequence[Job], folder: Path, out: Path, device: str, end: float) -
         except (Exception, SystemExit):  # the next figure does not depend on this one
             traceback.print_exc()
             failed.append(job.command)
+        print(f"   {time.monotonic() - began:.0f} s", flush=True)
     return failed
 
 
@@ -95,9 +107,13 @@ def compile_artifacts(jobs: Sequence[Job], folder: Path, end: float) -> None:
 
     What is not ready at `end` is left to the job that needs it.
     """
-    needed = {(model, quant) for job in jobs for model in job.models for quant in job.quantizations}
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {(model, quant) for job in jobs for model in job.models for quant in job.quantizations}
+    needed = [(m, q) for m, q in sorted(named) if not artifact_path(m, folder, **QUANTIZATIONS[q]).exists()]
+    if not needed:
+        return
     with multiprocessing.get_context("spawn").Pool(COMPILING) as pool:
-        compiled = pool.starmap_async(_compile, [(*what, folder) for what in sorted(needed)], chunksize=1)
+        compiled = pool.starmap_async(_compile, [(*what, folder) for what in needed], chunksize=1)
         compiled.wait(max(0.0, end - time.monotonic()))
 
 
@@ -108,10 +124,21 @@ def _compile(model: str, quant: str, folder: Path) -> None:
         traceback.print_exc()
 
 
+def chosen(text: str) -> list[Job]:
+    """Jobs by the names of their results, comma-separated, in this order."""
+    jobs = {job.name: job for job in JOBS}
+    unknown = [name for name in text.split(",") if name not in jobs]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(jobs)}")
+    return [jobs[name] for name in text.split(",")]
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--artifacts", type=Path, required=True, help="folder that keeps compiled artifacts")
     parser.add_argument("--seconds", type=float, default=600, help="no measurement begins later")
+    parser.add_argument("--jobs", type=chosen, default=JOBS, help="names of results, comma-separated; in this order")
+    parser.add_argument("--compile-only", action="store_true", help="compile what the jobs name, and measure nothing")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
+from argparse import ArgumentTypeError
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
 
-from benchmarks.figures import JOBS, Job, run
+from benchmarks.figures import JOBS, Job, chosen, run
 from benchmarks.models import MODELS
 from dscompile.codegen import aot
 
@@ -124,6 +126,22 @@ def test_figures_survive_one_that_fails_and_end_in_time(folder, tmp_path, monkey
     assert run(jobs, folder, tmp_path, "cpu", time.monotonic()) == []
     assert not (tmp_path / "good.json").exists()
     assert capsys.readouterr().out.count("no time left") == 2
+
+
+def test_figures_are_chosen_by_the_names_of_their_results():
+    assert [job.command.split()[0] for job in chosen("compile_time,prefill")] == ["compile_time", "prefill"]
+    assert chosen("decode-llama3-8b") != chosen("decode-llama3-8b-384")
+    assert len({job.name for job in JOBS}) == len(JOBS)
+    with pytest.raises(ArgumentTypeError, match="'speed' is none of decode-llama3-8b"):
+        chosen("prefill,speed")
+
+
+def test_figures_compile_only_what_is_not_there(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.figures", "--artifacts", str(tmp_path), "--jobs", "latency"]
+    (tmp_path / "gptj-6b").mkdir()
+    done = subprocess.run([*command, "--compile-only"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["gptj-6b"]
 
 
 def test_every_figure_names_a_command_and_its_models():
