@@ -50,7 +50,7 @@ def tune(
     progress = progress or Silent()
     limits = replace(limits, max_seq_len=min(limits.max_seq_len, 2 * CONTEXT_TOKENS))
     with tempfile.TemporaryDirectory() as scratch:
-        bench = _Bench(graph, dtype, tuple(targets), limits, Path(scratch))
+        bench = StepBench(graph, dtype, tuple(targets), limits, Path(scratch))
         measured: dict[tuple, dict[str, Any]] = {}
         for count in [t for t in tokens if t <= limits.max_batch]:
             options = bench.options(count, candidates)
@@ -68,21 +68,41 @@ def tune(
     return tuple(measured.values())
 
 
-class _Bench:
-    """Times decode steps of one model under different configurations; its random weights are made once."""
+class StepBench:
+    """Engines of one model under different configurations of its linears; its random weights are made once."""
 
     def __init__(
-        self, graph: ModelGraph, dtype: str, targets: tuple[str, ...], limits: Limits, directory: Path
+        self,
+        graph: ModelGraph,
+        dtype: str,
+        targets: tuple[str, ...],
+        limits: Limits,
+        directory: Path,
+        device: str = "cuda",
     ) -> None:
+        """graph: fused. targets: of the GPU `device`; none for the CPU."""
         self._graph, self._dtype, self._targets, self._limits = graph, dtype, targets, limits
         self._directory = directory
-        self._device = torch.device("cuda")
+        self._device = torch.device(device)
         self._weights: dict[str, torch.Tensor] = {}
         plan = self._lower(()).plan
         for name in sorted(plan.weights, key=lambda n: plan.weights[n].init.startswith(ROW_SUM)):
             weight = plan.weights[name]
             weight = weight if weight.init else replace(weight, init="ones")
             self._weights[name] = make_weight(name, weight, 0, self._device, self._weights)
+
+    def engine(self, measured: tuple[dict[str, Any], ...], max_kv_tokens: int) -> Engine:
+        """An engine whose linears have these configurations, as in codegen/tuned, where they name their shapes."""
+        lowered = self._lower(measured)
+        gc.collect()  # captured graphs keep the last executor in a cycle
+        if self._device.type == "cpu":
+            from dscompile.runtime.cpu_executor import CpuExecutor
+
+            return Engine(CpuExecutor(lowered.plan, self._weights, max_kv_tokens))
+        from dscompile.runtime.cuda_executor import CudaExecutor
+
+        plan = replace(lowered.plan, kernels=self._compile([lowered]))
+        return Engine(CudaExecutor(plan, self._weights, self._directory, self._device, max_kv_tokens))
 
     def options(self, tokens: int, candidates: int) -> list[tuple[tuple, list[dict[str, Any]]]]:
         """(key, table entries to try) of each distinct linear, the largest first; their kernels are compiled."""
@@ -111,13 +131,8 @@ class _Bench:
 
     def step_ms(self, measured: tuple[dict[str, Any], ...], sequences: int) -> float:
         """Milliseconds of a decode step of so many sequences, from two generations of different lengths."""
-        from dscompile.runtime.cuda_executor import CudaExecutor
-
-        lowered = self._lower(measured)
-        plan = replace(lowered.plan, kernels=self._compile([lowered]))
-        room = sequences * (CONTEXT_TOKENS + 2 * STEPS + plan.page_size)
-        gc.collect()  # captured graphs keep the last executor in a cycle
-        engine = Engine(CudaExecutor(plan, self._weights, self._directory, self._device, room))
+        engine = self.engine(measured, sequences * (CONTEXT_TOKENS + 2 * STEPS + self._limits.page_size))
+        plan = engine.plan
         prompts = [[(7 * i + j) % plan.vocab_size for j in range(CONTEXT_TOKENS)] for i in range(sequences)]
         self._seconds(engine, prompts, 4)
         short, long = (min(self._seconds(engine, prompts, n) for _ in range(3)) for n in (STEPS // 2, STEPS))

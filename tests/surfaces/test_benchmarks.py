@@ -128,6 +128,20 @@ def test_figures_survive_one_that_fails_and_end_in_time(folder, tmp_path, monkey
     assert capsys.readouterr().out.count("no time left") == 2
 
 
+def test_steps_are_measured_under_each_table_and_as_they_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(MODELS, "tiny", (tiny, "float32"))
+    table = tmp_path / "taller.json"
+    table.write_text('{"linear": [{"shape": [96, 32], "gated": true, "tokens": 8, "config": {}}]}')
+    options = "--model tiny --layers 1 --batch 1,2 --prompt 5 --new 12 --repeat 1 --device cpu"
+    command = ["steps", *options.split(), "--tables", str(table), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    import_module("benchmarks.steps").main()
+    rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
+    assert [row["table"] for row in rows] == ["as it is", "taller", "as it is"]
+    assert all(b["decode_step_ms"] > 0 for row in rows for b in row["batches"])
+    assert capsys.readouterr().out.count("batch 2") == 3
+
+
 def test_figures_are_chosen_by_the_names_of_their_results():
     assert [job.command.split()[0] for job in chosen("compile_time,prefill")] == ["compile_time", "prefill"]
     assert chosen("decode-llama3-8b") != chosen("decode-llama3-8b-384")
