@@ -12,7 +12,7 @@ from dscompile.codegen.tuned_table import RING_COLUMNS, RingConfig, ring_height
 from dscompile.runtime.plan import Linear
 
 LANES = 32
-SHARED_TOKENS = 32  # fewer for each of the programs that share a tile are finished by the last of them
+FEW_TOKENS = 64  # a tile of no more that programs share is finished by the last of them
 TYPES = ("float16", "bfloat16")
 
 
@@ -67,7 +67,7 @@ def _finished_tokens(spec: Linear, block_t: int, splits: int) -> int:
     a microsecond. Measured on an H200.
     """
     share, rest = divmod(block_t, splits)
-    return share if not (rest or spec.norm) and share >= SHARED_TOKENS else block_t
+    return share if block_t > FEW_TOKENS and not (rest or spec.norm) else block_t
 
 
 def _out_threads(gating: str, block_n: int) -> list[tuple[int, int]]:
