@@ -42,10 +42,11 @@ class Job:
 
 LLAMA, GPTJ, BLOOM = "llama3-8b", "gptj-6b", "bloom-7b1"
 PROMPT = "--batch 1 --prompt 2048 --new 16"
-W8A8 = ("int8+head", "int8", "int8+static")
+ALL_INT8 = ("none", "int8+head", "int8", "int8+static")
+BESIDE = f"--quant {','.join(ALL_INT8)} --against eager"
 JOBS = (
-    Job(f"decode --models {LLAMA} --against eager --name decode-{LLAMA}", (LLAMA,)),
-    Job(f"decode --models {GPTJ} --against eager --name decode-{GPTJ}", (GPTJ,)),
+    Job(f"decode --models {LLAMA} {BESIDE} --name decode-{LLAMA}", (LLAMA,), ALL_INT8),
+    Job(f"decode --models {GPTJ} {BESIDE} --name decode-{GPTJ}", (GPTJ,), ALL_INT8),
     Job(f"decode --models {LLAMA} --batch 8,32,128 --new 256 --name decode-{LLAMA}-384", (LLAMA,)),
     Job(f"decode --models {BLOOM} --prompt 8 --new 100 --against eager --name decode-{BLOOM}-short", (BLOOM,)),
     Job(f"prefill --cases {GPTJ}:128,{LLAMA}:2040,{LLAMA}:8191", (GPTJ, LLAMA)),
@@ -54,8 +55,6 @@ JOBS = (
         (LLAMA,),
         ("none", "int8+head"),
     ),
-    Job(f"decode --models {LLAMA} --quant {','.join(W8A8)} --name decode-{LLAMA}-int8", (LLAMA,), W8A8),
-    Job(f"decode --models {GPTJ} --quant {','.join(W8A8)} --name decode-{GPTJ}-int8", (GPTJ,), W8A8),
     Job("latency", (GPTJ,)),
     Job("throughput", (LLAMA,)),
     Job(f"decode --models {LLAMA} --batch 1 --prompt 8000,32000 --new 64 --name decode-long", ()),

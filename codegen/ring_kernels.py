@@ -12,7 +12,7 @@ from dscompile.codegen.tuned_table import RING_COLUMNS, RingConfig, ring_height
 from dscompile.runtime.plan import Linear
 
 LANES = 32
-FEW_TOKENS = 64  # a tile of no more that programs share is finished by the last of them
+LAST_FINISHES = 64  # tokens up to which a shared tile is finished by the last of its programs
 TYPES = ("float16", "bfloat16")
 
 
@@ -67,7 +67,7 @@ def _finished_tokens(spec: Linear, block_t: int, splits: int) -> int:
     a microsecond. Measured on an H200.
     """
     share, rest = divmod(block_t, splits)
-    return share if block_t > FEW_TOKENS and not (rest or spec.norm) else block_t
+    return share if block_t > LAST_FINISHES and not (rest or spec.norm) else block_t
 
 
 def _out_threads(gating: str, block_n: int) -> list[tuple[int, int]]:

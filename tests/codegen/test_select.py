@@ -214,6 +214,25 @@ def test_nearly_every_multiprocessor_has_a_tile_of_a_wide_linear(model: str, tok
         assert 128 <= ring_tiles(spec, rows) <= 132 < ring_tiles(spec, rows - 16)
 
 
+@pytest.mark.parametrize(
+    ("model", "region", "rows", "splits"),
+    [
+        ("llama3-8b", "mlp_in", 256, 1),
+        ("llama3-8b", "attn_in", 64, 1),
+        ("llama3-8b", "mlp_out", 64, 2),
+        ("bloom-7b1", "mlp_in", 128, 1),
+        ("gptj-6b", "attn_out", 128, 4),
+        ("gptj-6b", "head", 128, 1),
+    ],
+)
+def test_tiles_of_128_tokens_are_as_tall_as_leaves_most_multiprocessors_one(
+    model: str, region: str, rows: int, splits: int
+) -> None:
+    """And only long rows are shared by programs of tall tiles."""
+    config = ring_rule(LINEARS[model][1][region], 128, context("sm_90"))
+    assert (config.block_n, config.splits) == (rows, splits)
+
+
 def test_tuning_tries_the_rule_first_and_the_kernel_that_will_run() -> None:
     dtype, regions = LINEARS["llama3-8b"]
     for spec in regions.values():

@@ -80,6 +80,15 @@ def test_every_program_that_shares_a_tile_finishes_some_tokens(
     check(wide(SPECS[name]), rows)
 
 
+@pytest.mark.parametrize("name,splits", [("layer", 2), ("gated", 2), ("plain", 3), ("residuals", 3)])
+def test_the_last_finishes_tiles_with_a_norm_or_of_uneven_shares(
+    name: str, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RingConfig(64, 128, 64, stages=3, splits=splits)
+    monkeypatch.setattr(linear_kernels, "ring_config", lambda *_: config)
+    check(replace(SPECS[name], in_features=384), 6)
+
+
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("rows", [19, 3, 140])
 def test_head(name: str, rows: int) -> None:
