@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
+from dscompile.codegen.linear_structure import segment_tiles
 from dscompile.codegen.memory import ITEM_SIZE
 from dscompile.codegen.operands import KernelContext, ceil_div, next_power_of_2
 from dscompile.codegen.targets import capability
@@ -218,7 +219,7 @@ def _many_tokens_rows(spec: Linear, sms: int) -> int:
 
 def ring_tiles(spec: Linear, rows: int) -> int:
     """Tiles of so many rows, of which none belongs to two outputs."""
-    return sum(ceil_div(s.width, rows // 2 if s.gated else rows) for s in spec.segments)
+    return segment_tiles(spec.segments, rows)[-1]["end"]
 
 
 def ring_height(rows: int) -> int:
