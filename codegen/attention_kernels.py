@@ -15,6 +15,7 @@ from dscompile.codegen.attention_structure import (
     numbers_of,
     structure_of,
 )
+from dscompile.codegen.decode_ring_kernels import RingDecodeConfig, ring_decode_config, ring_decode_request
 from dscompile.codegen.emit import KernelRequest, kernel_request
 from dscompile.codegen.operands import Arguments, KernelContext, Operands, ceil_div, next_power_of_2
 from dscompile.codegen.prefill_kernels import prefill_configs, prefill_launch
@@ -46,9 +47,9 @@ def attention_program(
     # Whether one sequence is served, however long.
     served = bool(cases) and not cases[-1].max_context
     for low, high, bound, config in _decode_configs(spec, operands, context, DECODE_RANGES[served:]):
-        splits = config.splits
-        request, arguments = decode_request(spec, operands, context, config)
+        request, arguments = _request(spec, operands, context, config)
         requests.append(request)
+        splits = config.splits if isinstance(config, DecodeConfig) else 1
         grid = (Extent(1, "B"), Extent(spec.num_kv_heads), Extent(splits))
         attend = Launch("kernel", request.name, arguments.args, grid)
         cases.append(Case(low, high, (attend,), decode=True, max_context=bound))
@@ -90,14 +91,24 @@ class DecodeConfig:
 
 def _decode_configs(
     spec: Attention, operands: Operands, context: KernelContext, ranges: Iterable[tuple[int, int]]
-) -> Iterator[tuple[int, int, int, DecodeConfig]]:
+) -> Iterator[tuple[int, int, int, DecodeConfig | RingDecodeConfig]]:
     """Ranges of sequences, the longest context of a configuration (0: no bound), and the configuration."""
     for low, high in ranges:
         short = short_config(spec, operands, context, high)
         if short:
             # Its parts have a step each. The new key is at hand.
             yield low, high, short.splits * short.keys + 1, short
-        yield low, high, 0, decode_config(spec, operands, context, low, high or context.max_batch)
+        most = high or context.max_batch
+        ring = ring_decode_config(spec, operands, context, low, most)
+        yield low, high, 0, ring or decode_config(spec, operands, context, low, most)
+
+
+def _request(
+    spec: Attention, operands: Operands, context: KernelContext, config: DecodeConfig | RingDecodeConfig
+) -> tuple[KernelRequest, Arguments]:
+    if isinstance(config, RingDecodeConfig):
+        return ring_decode_request(spec, operands, context, config)
+    return decode_request(spec, operands, context, config)
 
 
 def short_config(spec: Attention, operands: Operands, context: KernelContext, high: int) -> DecodeConfig | None:

@@ -143,7 +143,7 @@ class _Builder:
         buffers, offset = {}, 0
         for name, cols in widths.items():
             buffers[name] = Buffer(name, "T", cols, s.dtype, offset)
-            offset += 512
+            offset += 512 * math.ceil(cols * getattr(torch, s.dtype).itemsize / 512)
         logits = "float64" if s.dtype == "float64" else "float32"
         return buffers | {"logits": Buffer("logits", "R", s.vocab, logits)}
 

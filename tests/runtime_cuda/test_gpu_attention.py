@@ -94,6 +94,38 @@ def test_long_prompts(name, target, tmp_path, summary):
     assert max(errors) <= TOLERANCE * (8 if model.shape.dtype == "bfloat16" else 1)
 
 
+MANY_MODELS = {
+    "gqa": {},
+    "mha_bfloat16": {"kv_heads": 8, "dtype": "bfloat16"},
+    "heads_of_128": {"heads": 16, "head_dim": 128, "v_head_dim": 128},
+    "wide_heads": {"kv_heads": 8, "head_dim": 256, "v_head_dim": 256},
+    "alibi_window_softcap_sinks": MODELS["alibi_window_softcap_sinks"],
+    "chunk": {"chunk": 48, "rotary_dim": 32},
+    "head_norms": {"qk_norm": "head"},
+}
+
+
+@pytest.mark.parametrize("name", MANY_MODELS)
+def test_many_sequences(name, target, tmp_path, summary):
+    """A 16-bit cache and as many sequences as attention_decode_ring takes, whose contexts come to fill blocks."""
+    limits = {"max_seq_len": 512, "max_batch": 40, "max_step_tokens": 4096}
+    model = make_model(**{"dtype": "float16", **WIDE, "kv_heads": 4, **limits, **MANY_MODELS[name]})
+    gpu, cpu = on_gpu(model, target, tmp_path), Engine(CpuExecutor(model.plan, model.weights, 16384))
+    assert "attention_decode_ring" in {kernel.template for kernel in gpu.plan.kernels.values()}
+    generator = torch.Generator().manual_seed(0)
+    count = 160 // model.shape.kv_heads
+    lengths = [1, 17, 63, 64, 65, 300, *torch.randint(1, 200, (count - 6,), generator=generator).tolist()]
+    prompts = [torch.randint(model.shape.vocab, (n,), generator=generator).tolist() for n in lengths]
+    results = gpu.generate(prompts, max_new_tokens=24, ignore_eos=True, logprobs=True)
+    worst = 0.0
+    for prompt, result in zip(prompts, results, strict=True):
+        logits = cpu.logits([prompt + result.tokens])[0][len(prompt) - 1 : -1]
+        expected = logits.double().log_softmax(-1)[range(24), result.tokens]
+        worst = max(worst, rms_ratio(torch.tensor(result.logprobs), expected))
+    summary(f"many sequences, {name}: {worst:.2e}")
+    assert worst <= TOLERANCE * (8 if model.shape.dtype == "bfloat16" else 1)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_int8_cache(name, target, tmp_path, summary):
     """Prompts at once, and then token by token what greedy generation adds."""

@@ -40,7 +40,7 @@ class Block:
 
     def store(self, value: Any) -> None:
         if self.rows is None:
-            self.value = value
+            self.origin.value = tl.trans(value) if self.transposed else value
         else:
             self.origin.value.handle.data[self.rows] = value.handle.data
 

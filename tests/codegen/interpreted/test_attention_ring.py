@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dscompile.codegen import attention_kernels
+from dscompile.codegen.decode_ring_kernels import RingDecodeConfig, ring_decode_config
+from dscompile.codegen.operands import KernelContext, Operand
 from dscompile.codegen.prefill_kernels import PrefillConfig
-from dscompile.runtime.plan import Attention, Norm
+from dscompile.runtime.plan import Attention, KVGroup, Norm
 from tests.codegen.interpreted import gluon
 from tests.codegen.interpreted.test_attention import check
 
@@ -69,3 +73,45 @@ def test_ragged(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("config", CONFIGS)
 def test_order_of_programs(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ragged(attention(6, 3), CONFIGS[config], RAGGED[1:], monkeypatch)
+
+
+# No key but the new one, less than a block, a whole one, one more, and more blocks than a ring has.
+DECODE = ((1, 1), (40, 1), (65, 1), (66, 1), (150, 1), (400, 1))
+DECODED = [name for name, spec in SPECS.items() if spec.causal]
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("name", DECODED)
+def test_decode(name: str, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_kernels, "ring_decode_config", lambda *_: RingDecodeConfig(stages))
+    (kernel,) = check(SPECS[name], DECODE, torch.float16, 16, decode=True, pad=1)
+    assert kernel.startswith("attention_decode_ring")
+
+
+def chosen(spec: Attention, low: int, high: int, target: str = "sm_90", cache: str = "float16", **more: bool) -> int:
+    """Blocks of the ring that the rule gives steps of so many sequences; 0 where attention_decode serves them."""
+    group = KVGroup(1, spec.num_kv_heads, spec.head_dim, spec.v_head_dim, cache)
+    context = KernelContext((target,), 16, 4096, 128, 2048, (group,), **more)
+    operands = {"in.q": Operand("float16", 4096, (0, 4096))}
+    config = ring_decode_config(spec, operands, context, low, high)
+    return config.stages if config else 0
+
+
+def test_sequences_that_fill_the_gpu() -> None:
+    """A program for each multiprocessor of 132, or two, and its part of the shared memory."""
+    llama = Attention(32, 8, 128, 128, 0.09, 0, 0, rotary_dim=128)
+    assert chosen(llama, 17, 32) == 3
+    assert not chosen(llama, 9, 16) and not chosen(llama, 33, 64)
+    wide, narrow = Attention(16, 16, 256, 256, 0.06, 0, 0), attention(16, 8)
+    assert chosen(wide, 9, 16) == 1 and chosen(narrow, 17, 32) == 4
+
+
+def test_what_the_ring_does_not_serve() -> None:
+    llama = Attention(32, 8, 128, 128, 0.09, 0, 0)
+    assert not chosen(llama, 17, 32, target="sm_80") and not chosen(llama, 17, 32, cache="int8")
+    assert not chosen(llama, 17, 32, deterministic=True)
+    norm = Norm("rms", 1e-5, weight=True)
+    across = {"norm_across_heads": True, "q_norm": norm}
+    for changed in (across, {"v_norm": norm}, {"causal": False}, {"appends": False}):
+        assert not chosen(replace(llama, **changed), 17, 32)
+    assert not chosen(replace(llama, head_dim=96), 17, 32)
